@@ -1,0 +1,196 @@
+"""The async faces of the binds: the same operations and transactions, awaited.
+
+An AsyncEngine's, AsyncSession's or AsyncConnection's sync counterpart runs in a
+greenlet, as SQLAlchemy's own async API does. The file road runs in one worker
+thread, which commits for all tasks that wait. A cancelled task waits until its
+write is decided, for a write cut off in the middle would be an unknown one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from sagalog.errors import UnusableBind
+from sagalog.log.bind import Bind
+from sagalog.log.database import Kind, Operation
+from sagalog.log.file import FileBind, HeldFile, Ticket
+
+R = TypeVar("R")
+
+
+class AsyncBind(Protocol):
+    """Runs operations in transactions, awaited."""
+
+    async def perform(self, operation: Operation[R]) -> R:
+        """Run one operation, in a transaction of its own or in the caller's."""
+        ...
+
+    def unit_of_work(self) -> AbstractAsyncContextManager[AsyncBind]:
+        """One transaction for several operations."""
+        ...
+
+    async def close(self) -> None:
+        """Give back what the bind itself opened."""
+        ...
+
+
+def sleep_in_greenlet(seconds: float) -> None:
+    """Let the event loop go on while an operation waits for a lock."""
+    await_only(asyncio.sleep(seconds))
+
+
+async def decided(work: Awaitable[R]) -> R:
+    """Await `work` to its end, and only then let a cancellation through."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError:
+                continue
+        if not task.cancelled():
+            task.exception()
+        raise
+
+
+class GreenletBind:
+    """A sync bind over the sync counterpart of something async."""
+
+    def __init__(self, bind: Bind, dispose: Callable[[], Awaitable[None]] | None = None) -> None:
+        self._bind = bind
+        self._dispose = dispose
+
+    async def perform(self, operation: Operation[R]) -> R:
+        """See `AsyncBind`."""
+        return await decided(greenlet_spawn(self._bind.perform, operation))
+
+    @asynccontextmanager
+    async def unit_of_work(self) -> AsyncIterator[GreenletBind]:
+        """See `AsyncBind`."""
+        unit = self._bind.unit_of_work()
+        held = await decided(greenlet_spawn(unit.__enter__))
+        try:
+            yield GreenletBind(held)
+        except BaseException as error:
+            if not await decided(greenlet_spawn(unit.__exit__, type(error), error, error.__traceback__)):
+                raise
+        else:
+            await decided(greenlet_spawn(unit.__exit__, None, None, None))
+
+    async def close(self) -> None:
+        """See `AsyncBind`."""
+        if self._dispose is not None:
+            await self._dispose()
+        self._bind.close()
+
+
+class ThreadBind:
+    """The file road for tasks: writes go to one worker thread, which commits once for all that wait."""
+
+    def __init__(self, file: FileBind) -> None:
+        self._file = file
+        self._waiting: deque[tuple[Ticket[Any], asyncio.Future[None]]] = deque()
+        self._calls: SimpleQueue[bool] = SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._unit_task: asyncio.Task[Any] | None = None
+
+    async def perform(self, operation: Operation[R]) -> R:
+        """See `AsyncBind`."""
+        if operation.kind is Kind.READ:
+            return await decided(asyncio.to_thread(self._file.perform, operation))
+        self._refuse_nested(operation.asked)
+        ticket: Ticket[R] = Ticket(operation)
+        done = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._waiting.append((ticket, done))
+            if self._worker is None or not self._worker.is_alive():
+                self._worker = threading.Thread(target=self._work, name="sagalog-writer", daemon=True)
+                self._worker.start()
+        self._calls.put(True)
+        await decided(done)
+        value: R = ticket.outcome()
+        return value
+
+    def _refuse_nested(self, asked: str) -> None:
+        if self._unit_task is not None and self._unit_task is asyncio.current_task():
+            raise UnusableBind(
+                asked,
+                "this task has a unit of work open on the same log, which would wait for itself",
+                hint="Use the object that `async with log.unit_of_work() as work` gave.",
+            )
+
+    def _work(self) -> None:
+        while self._calls.get():
+            batch: list[tuple[Ticket[Any], asyncio.Future[None]]] = []
+            while self._waiting:
+                batch.append(self._waiting.popleft())
+            if not batch:
+                continue
+            tickets = [ticket for ticket, _ in batch]
+            try:
+                self._file.perform_all(tickets)
+            except BaseException as error:
+                for ticket in tickets:
+                    ticket.error = ticket.error or error
+            for loop in {done.get_loop() for _, done in batch}:
+                futures = [done for _, done in batch if done.get_loop() is loop]
+                try:
+                    loop.call_soon_threadsafe(_wake, futures)
+                except RuntimeError:
+                    continue  # that loop is closed: nobody waits there any more
+
+    @asynccontextmanager
+    async def unit_of_work(self) -> AsyncIterator[_AsyncHeldFile]:
+        """See `AsyncBind`."""
+        self._refuse_nested("unit_of_work")
+        held = await decided(asyncio.to_thread(self._file.enter_unit, None))
+        self._unit_task = asyncio.current_task()
+        try:
+            yield _AsyncHeldFile(held)
+        except BaseException:
+            self._unit_task = None
+            await decided(asyncio.to_thread(held.end, commit=False))
+            raise
+        self._unit_task = None
+        await decided(asyncio.to_thread(held.end, commit=True))
+
+    async def close(self) -> None:
+        """See `AsyncBind`; it waits for the writes under way."""
+        worker = self._worker
+        if worker is not None:
+            self._calls.put(False)
+            await asyncio.to_thread(worker.join)
+            self._worker = None
+        await asyncio.to_thread(self._file.close)
+
+
+def _wake(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)
+
+
+class _AsyncHeldFile:
+    def __init__(self, held: HeldFile) -> None:
+        self._held = held
+
+    async def perform(self, operation: Operation[R]) -> R:
+        return await decided(asyncio.to_thread(self._held.perform, operation))
+
+    @asynccontextmanager
+    async def unit_of_work(self) -> AsyncIterator[_AsyncHeldFile]:
+        yield self
+
+    async def close(self) -> None:
+        """Nothing: the unit's block ends it."""

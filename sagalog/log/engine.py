@@ -1,0 +1,276 @@
+"""A log on a host's Engine: each operation is one transaction of its own.
+
+On SQLite it runs on the driver's cursor: no begin hook of the host's fires,
+the write lock is taken first, and COMMIT is SQL, for under some of the driver's
+settings SQLAlchemy's commit does nothing. On Postgres one statement is one
+round trip, in autocommit at READ COMMITTED; what needs more begins and commits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine
+
+from sagalog.errors import SagaExists, SagaLogError, StepExists, UnusableBind
+from sagalog.log.bind import (
+    in_driver_transaction,
+    name_of,
+    read_found,
+    refuse_finished,
+    take_write_lock,
+    verify_once,
+)
+from sagalog.log.database import CoreDatabase, CursorDatabase, Database, Kind, Operation
+from sagalog.log.faults import SQLITE_IOERR, is_disconnect, is_fault, sqlite_code, translate
+from sagalog.log.statements import Statements
+
+R = TypeVar("R")
+_SINGLE = (Kind.READ, Kind.WRITE, Kind.INSERT)
+
+
+class EngineBind:
+    """Opens, commits and gives back a connection for each operation.
+
+    Args:
+        engine: The host's, SQLite or Postgres.
+        sql: The statements of the tables' placement.
+        owned: Whether `close` disposes the engine.
+        sleep: Waits so many seconds; an async face gives its loop's.
+    """
+
+    def __init__(
+        self, engine: Engine, sql: Statements, *, owned: bool = False, sleep: Callable[[float], Any] = time.sleep
+    ) -> None:
+        if engine.dialect.name not in ("sqlite", "postgresql"):
+            raise UnusableBind(
+                "SagaLog",
+                f"an engine of {engine.dialect.name}",
+                found=engine.dialect.name,
+                hint="sagalog works on SQLite and on Postgres.",
+            )
+        self._engine = engine
+        self._sql = sql
+        self._owned = owned
+        self._sleep = sleep
+        self._closed = False
+        self._on_sqlite = engine.dialect.name == "sqlite"
+        if not self._on_sqlite:
+            self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+            self._transacting = engine.execution_options(isolation_level="READ COMMITTED")
+
+    @property
+    def name(self) -> str:
+        """The database's name for messages."""
+        return name_of(self._engine)
+
+    def _verify(self) -> None:
+        def look() -> Any:
+            with self._engine.connect() as connection:
+                return read_found(connection, self._sql.placement)
+
+        verify_once(self._engine.dialect, self._sql, self.name, look)
+
+    def perform(self, operation: Operation[R]) -> R:
+        """Run one operation; it is durable when this returns."""
+        if self._closed:
+            raise refuse_finished(operation.asked)
+        try:
+            self._verify()
+        except Exception as error:
+            self._raise(error, operation, committing=False)
+        if self._on_sqlite:
+            return self._on_sqlite_cursor(operation)
+        try:
+            return self._on_postgres(operation)
+        except Exception as error:
+            if not is_disconnect(error):
+                self._raise(error, operation, committing=operation.kind is not Kind.READ)
+            return self._again(operation, error)
+
+    def _again(self, operation: Operation[R], lost: Exception) -> R:
+        # On a fresh connection: updates are idempotent, and an insert that is refused now may have been the lost one.
+        again = operation.kind is not Kind.SEVERAL
+        try:
+            if again:
+                return self._on_postgres(operation)
+        except (SagaExists, StepExists):
+            pass
+        except SagaLogError:
+            raise
+        except Exception as error:
+            lost = error
+        self._raise(lost, operation, committing=operation.kind is not Kind.READ)
+
+    def _raise(self, error: BaseException, operation: Operation[Any], *, committing: bool) -> Any:
+        if isinstance(error, SagaLogError) or not is_fault(error):
+            raise error
+        told = translate(error, operation, self.name, committing=committing)
+        raise told from getattr(error, "orig", None) or error
+
+    def _on_postgres(self, operation: Operation[R]) -> R:
+        if operation.kind in _SINGLE:
+            with self._autocommit.connect() as connection:
+                return operation.run(CoreDatabase(connection, self._sql))
+        with self._transacting.begin() as connection:
+            return operation.run(CoreDatabase(connection, self._sql))
+
+    def _on_sqlite_cursor(self, operation: Operation[R]) -> R:
+        with self._sqlite(operation, writing=operation.kind is not Kind.READ) as database:
+            return operation.run(database)
+
+    def _sqlite(self, operation: Operation[Any], *, writing: bool) -> _SqliteTransaction:
+        return _SqliteTransaction(self, operation, writing)
+
+    @contextmanager
+    def unit_of_work(self) -> Iterator[_HeldBind]:
+        """One transaction for several operations; committed at the end, rolled back by an exception."""
+        operation: Operation[None] = Operation("unit_of_work", Kind.SEVERAL, lambda database: None)
+        if self._closed:
+            raise refuse_finished(operation.asked)
+        try:
+            self._verify()
+        except Exception as error:
+            self._raise(error, operation, committing=False)
+        if self._on_sqlite:
+            with self._sqlite(operation, writing=True) as database:
+                held = _HeldBind(database, self.name)
+                try:
+                    yield held
+                finally:
+                    held.over = True
+                held.refuse_if_broken()
+            return
+        committing = False
+        users: list[BaseException] = []
+        try:
+            with self._transacting.begin() as connection:
+                held = _HeldBind(CoreDatabase(connection, self._sql), self.name)
+                try:
+                    yield held
+                except BaseException as error:
+                    users.append(error)
+                    raise
+                finally:
+                    held.over = True
+                held.refuse_if_broken()
+                committing = True
+        except Exception as error:
+            if error in users:
+                raise
+            self._raise(error, operation, committing=committing)
+
+    def close(self) -> None:
+        """Dispose the engine, if the log made it."""
+        if self._owned and not self._closed:
+            self._engine.dispose()
+            self._closed = True
+
+
+class _HeldBind:
+    """The bind of a unit of work: operations in a transaction that somebody else ends."""
+
+    def __init__(self, database: Database, name: str) -> None:
+        self._database = database
+        self._name = name
+        self._fault: SagaLogError | None = None
+        self.over = False
+
+    def refuse_if_broken(self) -> None:
+        """Nothing of a transaction in which the database gave up may be committed."""
+        if self._fault is not None:
+            raise self._fault
+
+    def perform(self, operation: Operation[R]) -> R:
+        """Run one operation in the unit's transaction."""
+        if self.over:
+            raise refuse_finished(operation.asked)
+        self.refuse_if_broken()
+        try:
+            return operation.run(self._database)
+        except Exception as error:
+            if not is_fault(error):
+                raise
+            self._fault = translate(error, operation, self._name, committing=False)
+            raise self._fault from getattr(error, "orig", None) or error
+
+    @contextmanager
+    def unit_of_work(self) -> Iterator[_HeldBind]:
+        """The unit that is open already."""
+        yield self
+
+    def close(self) -> None:
+        """Nothing: the unit's block ends it."""
+
+
+class _SqliteTransaction:
+    """A transaction on a SQLite driver's cursor; a class, for contextlib's blocks cost as much as a statement."""
+
+    __slots__ = ("_bind", "_connection", "_cursor", "_operation", "_was_manual", "_writing")
+
+    def __init__(self, bind: EngineBind, operation: Operation[Any], writing: bool) -> None:  # noqa: FBT001
+        self._bind = bind
+        self._operation = operation
+        self._writing = writing
+        self._was_manual = False
+
+    def __enter__(self) -> CursorDatabase:
+        bind = self._bind
+        try:
+            self._connection = bind._engine.raw_connection()
+        except Exception as error:
+            bind._raise(error, self._operation, committing=False)
+        try:
+            self._cursor = self._connection.cursor()
+            if self._writing:
+                self._begin()
+        except BaseException as error:
+            self._end()
+            bind._raise(error, self._operation, committing=False)
+        return CursorDatabase(self._cursor, bind._sql)
+
+    def _begin(self) -> None:
+        driver: Any = self._connection.driver_connection
+        if driver.in_transaction and getattr(driver, "autocommit", None) is False:
+            driver.rollback()
+            driver.autocommit = True
+            self._was_manual = True
+        take_write_lock(self._cursor, self._bind._sleep)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            if not self._writing:
+                self._end()
+                return
+            try:
+                self._cursor.execute("COMMIT")
+            except BaseException as failed:
+                self._undo(failed)
+                self._bind._raise(failed, self._operation, committing=True)
+            self._end()
+            return
+        self._undo(error)
+        if is_fault(error):
+            self._bind._raise(error, self._operation, committing=False)
+
+    def _undo(self, error: BaseException) -> None:
+        try:
+            if self._writing and in_driver_transaction(self._connection):
+                self._cursor.execute("ROLLBACK")
+        except Exception as second:
+            # The first error is the one to be told; this connection is given up.
+            self._connection.invalidate(second)
+        if sqlite_code(error) == SQLITE_IOERR and self._connection.is_valid:
+            self._connection.invalidate(error if isinstance(error, Exception) else None)
+        self._end()
+
+    def _end(self) -> None:
+        if self._was_manual and self._connection.is_valid:
+            driver: Any = self._connection.driver_connection
+            driver.autocommit = False
+        if hasattr(self, "_cursor") and self._connection.is_valid:
+            self._cursor.close()
+        self._connection.close()

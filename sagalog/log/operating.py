@@ -1,0 +1,152 @@
+"""What an operator may do by hand; every action is audited and raises the saga's epoch."""
+
+from __future__ import annotations
+
+from sagalog.errors import InvalidTransition, LogUnavailable, PayloadError, SagaNotFound, StepNotFound
+from sagalog.log.database import Database, Kind, Operation
+from sagalog.log.writing import steps_in_the_way
+from sagalog.payload import check_saga_id, check_step_index, check_text, encode
+from sagalog.states import Actor, SagaState, StepState, saga_sources, step_sources
+
+
+def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[None]:
+    """Settle a saga that needs a person.
+
+    Args:
+        saga_id: The saga, in `failed_compensation`.
+        state: What it is now: "compensated", "completed" or "abandoned".
+        note: Why; it stays in the audit.
+        actor: Who says so.
+
+    Raises:
+        PayloadError: The state is none of these, or the note or the actor is empty.
+        SagaNotFound: No such saga.
+        InvalidTransition: The saga is in another state, or a step stands in the way:
+            `compensated` needs every step undone, `completed` none in doubt.
+    """
+    asked = "resolve"
+    check_saga_id(saga_id, asked)
+    target = SagaState(_chosen(state, ("compensated", "completed", "abandoned"), asked, saga_id))
+    _check_signed(note, actor, asked, saga_id)
+    sources = saga_sources(target, Actor.OPERATOR)
+
+    def run(db: Database) -> None:
+        if db.on_postgres:
+            db.fetch(db.sql.lock_saga, id_=saga_id)
+        if db.write(db.sql.resolve(target), id_=saga_id, at_=db.now()) == 1:
+            before = SagaState.FAILED_COMPENSATION
+            _write_audit(db, asked, saga_id, None, note, actor, before, target)
+            return
+        rows = db.fetch(db.sql.saga_head, id_=saga_id)
+        if not rows:
+            raise SagaNotFound(asked, saga_id)
+        found = rows[0][1]
+        if found == target and _made_before(db, asked, saga_id, None, note, actor, target):
+            return
+        if found not in sources:
+            raise InvalidTransition(
+                asked,
+                f"the saga is {found!r}, and only {' or '.join(sources)} can be settled by hand",
+                saga_id=saga_id,
+                found=found,
+                hint="" if found in ("completed", "compensated", "abandoned") else "Recovery still owns it.",
+            )
+        refusal = steps_in_the_way(db, asked, saga_id, target, found)
+        raise refusal or LogUnavailable(asked, "it changed meanwhile", saga_id=saga_id, hint="Repeat it.")
+
+    return Operation(asked, Kind.SEVERAL, run, saga_id)
+
+
+def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor: str) -> Operation[None]:
+    """Say what became of a step that is in doubt, or that a succeeded one is undone.
+
+    Args:
+        saga_id: The saga: no process runs it, and it has not ended.
+        step_index: The step's place in it, from 0.
+        state: "succeeded", "failed" or "compensated".
+        note: How it is known; it stays in the audit, and as the error of a failed step.
+        actor: Who says so.
+
+    Raises:
+        PayloadError: The state is none of these, or the note or the actor is empty.
+        SagaNotFound: No such saga.
+        StepNotFound: No such step.
+        InvalidTransition: The step may not become that, or its request may still be
+            under way (before its `deadline_at`), or a process still runs the saga.
+    """
+    asked = "resolve_step"
+    check_saga_id(saga_id, asked)
+    check_step_index(step_index, asked)
+    target = StepState(_chosen(state, ("succeeded", "failed", "compensated"), asked, saga_id))
+    _check_signed(note, actor, asked, saga_id)
+    output = encode({"error": note}, asked, saga_id, step_index) if target is StepState.FAILED else None
+
+    def run(db: Database) -> None:
+        if db.on_postgres:
+            db.fetch(db.sql.lock_saga, id_=saga_id)
+        rows = db.fetch(db.sql.step_row, id_=saga_id, index_=step_index)
+        now = db.now()
+        done = db.write(db.sql.resolve_step(target), id_=saga_id, index_=step_index, output_=output, at_=now)
+        if done == 1:
+            db.write(db.sql.raise_epoch, id_=saga_id)
+            _write_audit(db, asked, saga_id, step_index, note, actor, rows[0][1], target)
+            return
+        head = db.fetch(db.sql.saga_head, id_=saga_id)
+        if not head:
+            raise SagaNotFound(asked, saga_id, step_index)
+        if not rows:
+            raise StepNotFound(asked, saga_id, step_index)
+        found, deadline = rows[0][1], rows[0][4]
+        if found == target and _made_before(db, asked, saga_id, step_index, note, actor, target):
+            return
+        if found not in step_sources(target):
+            problem = f"the step is {found!r}, and only {' or '.join(step_sources(target))} can become {target}"
+        elif deadline is not None and deadline > now:
+            problem = f"its request may still be under way for {deadline - now} ms"
+        else:
+            problem = f"the saga is {head[0][1]!r}" + (f" and {head[0][7]} runs it" if head[0][7] else "")
+        raise InvalidTransition(
+            asked, problem, saga_id=saga_id, step_index=step_index, found=found, hint="get() shows the saga."
+        )
+
+    return Operation(asked, Kind.SEVERAL, run, saga_id, step_index)
+
+
+def _chosen(state: str, allowed: tuple[str, ...], asked: str, saga_id: int) -> str:
+    if state in allowed:
+        return str(state)
+    raise PayloadError(
+        f"{asked} of saga {saga_id}",
+        f"{state!r} is nothing that it can be settled as",
+        saga_id=saga_id,
+        found=str(state),
+        hint=f"One of {', '.join(allowed)}.",
+    )
+
+
+def _check_signed(note: str, actor: str, asked: str, saga_id: int) -> None:
+    check_text(note, "note", asked, saga_id)
+    check_text(actor, "actor", asked, saga_id)
+
+
+def _write_audit(
+    db: Database, action: str, saga_id: int, step_index: int | None, note: str, actor: str, before: str, after: str
+) -> None:
+    db.write(
+        db.sql.write_audit,
+        id_=saga_id,
+        index_=step_index,
+        action_=action,
+        actor_=actor,
+        note_=note,
+        at_=db.now(),
+        state_before_=str(before),
+        state_after_=str(after),
+    )
+
+
+def _made_before(
+    db: Database, action: str, saga_id: int, step_index: int | None, note: str, actor: str, after: str
+) -> bool:
+    made = (saga_id, step_index, action, actor, note, str(after))
+    return any((row[1], row[2], row[3], row[4], row[5], row[8]) == made for row in db.fetch(db.sql.audit, id_=saga_id))
