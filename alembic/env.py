@@ -15,7 +15,7 @@ from sagalog.migrations.environment import options, transaction
 from sagalog.models import Base, Placement
 
 url = context.get_x_argument(as_dictionary=True).get("url") or os.environ.get("SAGALOG_URL") or "sqlite:///sagas.db"
-settings = {**options(), "target_metadata": Base.metadata, "compare_server_default": True}
+settings = {**options(Placement()), "target_metadata": Base.metadata, "compare_server_default": True}
 
 if context.is_offline_mode():
     context.configure(url=url, literal_binds=True, dialect_opts={"paramstyle": "named"}, **settings)

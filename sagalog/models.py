@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from sqlalchemy import (
     BigInteger,
     ForeignKey,
-    Identity,
     Index,
     Integer,
     MetaData,
@@ -154,7 +153,7 @@ class _ExecutorColumns:
 class _AuditColumns:
     __prefix__ = ""
 
-    audit_id: Mapped[int] = mapped_column(STORED_INTEGER, Identity(), primary_key=True)
+    audit_id: Mapped[int] = mapped_column(STORED_INTEGER, primary_key=True)
     saga_id: Mapped[int] = mapped_column(STORED_INTEGER)
     step_index: Mapped[int | None] = mapped_column(Integer)
     action: Mapped[str] = mapped_column(Text)
@@ -229,7 +228,7 @@ class Models(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def models_at(placement: Placement = Placement()) -> Models:
+def models_at(placement: Placement) -> Models:
     """The models of the tables at a placement, made once for each.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 from pydantic import TypeAdapter
 from pydantic_core import from_json, to_json, to_jsonable_python
@@ -131,16 +131,18 @@ def decode_as(kind: type[T], text: str | None, column: str, saga_id: int | None,
         PayloadError: The stored text is not JSON, or does not fit `kind`.
     """
     try:
-        return _adapter(kind).validate_json(text or "null")
+        decoded: T = _adapter(cast(Any, kind)).validate_json(text or "null")
     except ValueError as error:
         problem = (
             f"does not fit {getattr(kind, '__name__', kind)} ({getattr(error, 'error_count', lambda: 1)()} errors)"
         )
+    else:
+        return decoded
     raise _stored_badly(problem, column, saga_id, step_index)
 
 
 @lru_cache(maxsize=512)
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -186,14 +188,10 @@ def check_text(value: str, what: str, asked: str, saga_id: int | None = None, st
 
 def check_integer(value: int, what: str, lowest: int, highest: int, asked: str) -> int:
     """An int, and no bool, within bounds; otherwise `PayloadError`, before any SQL."""
-    if type(value) is int and lowest <= value <= highest:
-        return value
     if isinstance(value, int) and not isinstance(value, bool) and lowest <= value <= highest:
-        return int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        found = "out of range"
-    else:
-        found = f"a {type(value).__name__}"
+        return value
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    found = "out of range" if is_integer else f"a {type(value).__name__}"
     raise PayloadError(
         asked, f"the {what} is {found}", found=found, hint=f"A {what} is an int from {lowest} to {highest}."
     )

@@ -100,7 +100,7 @@ class ThreadBind:
     def __init__(self, file: FileBind) -> None:
         self._file = file
         self._waiting: deque[tuple[Ticket[Any], asyncio.Future[None]]] = deque()
-        self._calls: SimpleQueue[bool] = SimpleQueue()
+        self._calls: SimpleQueue[str] = SimpleQueue()
         self._worker: threading.Thread | None = None
         self._lock = threading.Lock()
         self._unit_task: asyncio.Task[Any] | None = None
@@ -117,7 +117,7 @@ class ThreadBind:
             if self._worker is None or not self._worker.is_alive():
                 self._worker = threading.Thread(target=self._work, name="sagalog-writer", daemon=True)
                 self._worker.start()
-        self._calls.put(True)
+        self._calls.put("write")
         await decided(done)
         value: R = ticket.outcome()
         return value
@@ -169,7 +169,7 @@ class ThreadBind:
         """See `AsyncBind`; it waits for the writes under way."""
         worker = self._worker
         if worker is not None:
-            self._calls.put(False)
+            self._calls.put("")
             await asyncio.to_thread(worker.join)
             self._worker = None
         await asyncio.to_thread(self._file.close)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sagalog.errors import SagaLogError, UnusableBind
 from sagalog.log.bind import in_driver_transaction, name_of, read_found, take_write_lock, verify_once
 from sagalog.log.database import CoreDatabase, Kind, Operation
-from sagalog.log.faults import is_fault, translate
+from sagalog.log.faults import driver_error, is_fault, translate
 from sagalog.log.statements import Statements
 from sagalog.models import models_at
 
@@ -79,7 +79,7 @@ class CallerBind:
         return result
 
     def _raise(self, error: Exception, operation: Operation[Any], name: str) -> None:
-        raise translate(error, operation, name, committing=False) from getattr(error, "orig", None) or error
+        raise translate(error, operation, name, committing=False) from driver_error(error)
 
     def _seal(self, connection: Connection) -> None:
         # SQLite rolled the whole transaction back while SQLAlchemy thinks that it is open: what the caller did next

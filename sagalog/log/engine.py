@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy import Engine
 
@@ -25,7 +25,7 @@ from sagalog.log.bind import (
     verify_once,
 )
 from sagalog.log.database import CoreDatabase, CursorDatabase, Database, Kind, Operation
-from sagalog.log.faults import SQLITE_IOERR, is_disconnect, is_fault, sqlite_code, translate
+from sagalog.log.faults import SQLITE_IOERR, driver_error, is_disconnect, is_fault, sqlite_code, translate
 from sagalog.log.statements import Statements
 
 R = TypeVar("R")
@@ -93,23 +93,24 @@ class EngineBind:
 
     def _again(self, operation: Operation[R], lost: Exception) -> R:
         # On a fresh connection: updates are idempotent, and an insert that is refused now may have been the lost one.
-        again = operation.kind is not Kind.SEVERAL
         try:
-            if again:
+            if operation.kind is not Kind.SEVERAL:
                 return self._on_postgres(operation)
         except (SagaExists, StepExists):
             pass
-        except SagaLogError:
-            raise
         except Exception as error:
             lost = error
-        self._raise(lost, operation, committing=operation.kind is not Kind.READ)
+        raise self._told(lost, operation, committing=operation.kind is not Kind.READ)
 
-    def _raise(self, error: BaseException, operation: Operation[Any], *, committing: bool) -> Any:
+    def _told(self, error: BaseException, operation: Operation[Any], *, committing: bool) -> BaseException:
         if isinstance(error, SagaLogError) or not is_fault(error):
-            raise error
+            return error
         told = translate(error, operation, self.name, committing=committing)
-        raise told from getattr(error, "orig", None) or error
+        told.__cause__ = driver_error(error)
+        return told
+
+    def _raise(self, error: BaseException, operation: Operation[Any], *, committing: bool) -> NoReturn:
+        raise self._told(error, operation, committing=committing)
 
     def _on_postgres(self, operation: Operation[R]) -> R:
         if operation.kind in _SINGLE:
@@ -195,7 +196,7 @@ class _HeldBind:
             if not is_fault(error):
                 raise
             self._fault = translate(error, operation, self._name, committing=False)
-            raise self._fault from getattr(error, "orig", None) or error
+            raise self._fault from driver_error(error)
 
     @contextmanager
     def unit_of_work(self) -> Iterator[_HeldBind]:

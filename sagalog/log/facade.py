@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVar, cast
 
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,9 +20,9 @@ from sagalog.errors import UnusableBind
 from sagalog.log import operating, pruning, reading, writing
 from sagalog.log.bind import Bind, read_found
 from sagalog.log.caller import CallerBind
-from sagalog.log.database import Operation
+from sagalog.log.database import Kind, Operation
 from sagalog.log.engine import EngineBind
-from sagalog.log.faults import translate
+from sagalog.log.faults import driver_error, translate
 from sagalog.log.file import Durability, FileBind
 from sagalog.log.statements import statements_at
 from sagalog.models import Placement
@@ -49,7 +49,7 @@ def _performs(prepare: Callable[P, Operation[R]]) -> Callable[Concatenate[SagaLo
     def method(self: SagaLog, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._bind.perform(prepare(*args, **kwargs))
 
-    return method
+    return cast("Callable[Concatenate[SagaLog, P], R]", method)
 
 
 def _awaits(prepare: Callable[P, Operation[R]]) -> Callable[Concatenate[AsyncSagaLog, P], Awaitable[R]]:
@@ -59,7 +59,7 @@ def _awaits(prepare: Callable[P, Operation[R]]) -> Callable[Concatenate[AsyncSag
     async def method(self: AsyncSagaLog, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._bind.perform(prepare(*args, **kwargs))
 
-    return method
+    return cast("Callable[Concatenate[AsyncSagaLog, P], Awaitable[R]]", method)
 
 
 class SagaLog:
@@ -308,7 +308,7 @@ class AsyncSagaLog:
 
 
 def _sync_bind(bind: object, placement: Placement, sleep: Callable[[float], Any] | None = None) -> Bind:
-    waiting = {} if sleep is None else {"sleep": sleep}
+    waiting: dict[str, Any] = {} if sleep is None else {"sleep": sleep}
     if isinstance(bind, scoped_session):
         bind = bind()
     if isinstance(bind, Engine):
@@ -377,7 +377,7 @@ def _checked(durability: str) -> Durability:
     raise UnusableBind("open", f"durability {durability!r}", hint='Use "full" or "normal".')
 
 
-_OPENING: Operation[None] = Operation("open", writing.Kind.READ, lambda database: None)
+_OPENING: Operation[None] = Operation("open", Kind.READ, lambda database: None)
 
 
 def _prepare(engine: Engine, *, migrate: bool, name: str) -> None:
@@ -392,7 +392,7 @@ def _prepare(engine: Engine, *, migrate: bool, name: str) -> None:
         else:
             verify(found, name)
     except SQLAlchemyError as error:
-        raise translate(error, _OPENING, name, committing=False) from getattr(error, "orig", None) or error
+        raise translate(error, _OPENING, name, committing=False) from driver_error(error)
 
 
 def _open_file(path: str, durability: Durability, *, migrate: bool) -> FileBind:
@@ -411,7 +411,7 @@ def _open_file(path: str, durability: Durability, *, migrate: bool) -> FileBind:
         with engine.connect() as connection:
             connection.exec_driver_sql("PRAGMA journal_mode = WAL").fetchall()
     except SQLAlchemyError as error:
-        raise translate(error, _OPENING, path, committing=False) from getattr(error, "orig", None) or error
+        raise translate(error, _OPENING, path, committing=False) from driver_error(error)
     return FileBind(path, statements_at(Placement()), durability=durability)
 
 

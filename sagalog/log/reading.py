@@ -176,7 +176,7 @@ def counts() -> Operation[dict[str, int]]:
     """How many sagas there are in each state; states without one are left out."""
 
     def run(db: Database) -> dict[str, int]:
-        return {state: count for state, count in db.fetch(db.sql.counts)}
+        return {row[0]: row[1] for row in db.fetch(db.sql.counts)}
 
     return Operation("counts", Kind.READ, run)
 

@@ -85,7 +85,7 @@ class Statement:
     @cached_property
     def sqlite(self) -> tuple[str, Callable[[dict[str, Any]], Any]]:
         """The text with `?`, and what puts named values into its order."""
-        dialect: Any = sqlite.dialect(paramstyle="qmark")  # type: ignore[no-untyped-call]
+        dialect: Any = sqlite.dialect(paramstyle="qmark")
         compiled: Any = self.clause.compile(dialect=dialect)  # type: ignore[attr-defined]
         if compiled._bind_processors:
             raise TypeError(f"these values would need SQLAlchemy's processors: {sorted(compiled._bind_processors)}")

@@ -11,7 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sagalog.errors import SchemaTooNew
 from sagalog.log.bind import name_of
 from sagalog.log.database import Kind, Operation
-from sagalog.log.faults import translate
+from sagalog.log.faults import driver_error, translate
 from sagalog.migrations.environment import found_in, run, transaction
 from sagalog.models import Placement
 from sagalog.schema import HEAD, REVISIONS, Found, is_newer, verify
@@ -33,13 +33,12 @@ def _either(
     **kwargs: P.kwargs,
 ) -> Any:
     """Do the work on a sync bind, or return what does it on an async one when awaited."""
-    for name in ("sync_connection", "sync_engine"):
-        counterpart = getattr(bind, name, None)
-        if counterpart is not None:
-            from sqlalchemy.util import greenlet_spawn
+    counterpart = getattr(bind, "sync_connection", None) or getattr(bind, "sync_engine", None)
+    if counterpart is None:
+        return _told(work, bind, *args, **kwargs)
+    from sqlalchemy.util import greenlet_spawn
 
-            return greenlet_spawn(_told, work, counterpart, *args, **kwargs)
-    return _told(work, bind, *args, **kwargs)
+    return greenlet_spawn(lambda: _told(work, counterpart, *args, **kwargs))
 
 
 def _told(work: Callable[Concatenate[Engine | Connection, P], R], bind: Any, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -48,7 +47,7 @@ def _told(work: Callable[Concatenate[Engine | Connection, P], R], bind: Any, *ar
     except (SQLAlchemyError, OSError) as error:
         asked: Operation[None] = Operation("migrating", Kind.SEVERAL, lambda database: None)
         engine: Engine = bind.engine
-        raise translate(error, asked, name_of(engine), committing=False) from getattr(error, "orig", None) or error
+        raise translate(error, asked, name_of(engine), committing=False) from driver_error(error)
 
 
 @overload

@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 _one_at_a_time = threading.RLock()
 
 
-def options(placement: Placement = Placement()) -> dict[str, Any]:
+def options(placement: Placement) -> dict[str, Any]:
     """What a MigrationContext of sagalog's scripts is configured with."""
     return {
         "version_table": placement.prefix + VERSION_TABLE,

@@ -37,7 +37,9 @@ def placed(name: str) -> str:
 def create_index(name: str, table: str, *columns: Any, unique: bool = False, where: str | None = None) -> None:
     """Create an index, its predicate in the very words that the queries use."""
     schema, prefix = placement()
-    condition = {} if where is None else {"sqlite_where": sa.text(where), "postgresql_where": sa.text(where)}
+    condition: dict[str, Any] = (
+        {} if where is None else {"sqlite_where": sa.text(where), "postgresql_where": sa.text(where)}
+    )
     op.create_index(prefix + name, prefix + table, list(columns), unique=unique, schema=schema, **condition)
 
 

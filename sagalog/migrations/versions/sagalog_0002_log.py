@@ -92,7 +92,8 @@ def _remember_pruned_ids() -> None:
     op.execute(f"SELECT setval('{placed('saga_id_seq')}', max(saga_id)) FROM {saga} HAVING max(saga_id) > 0")
     op.execute(
         f"CREATE FUNCTION {placed('saga_id_kept')}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-        f"INSERT INTO {meta} AS held (name, value) SELECT '{_HIGHEST}', max(saga_id)::text FROM gone HAVING count(*) > 0 "
+        f"INSERT INTO {meta} AS held (name, value) "
+        f"SELECT '{_HIGHEST}', max(saga_id)::text FROM gone HAVING count(*) > 0 "
         f"ON CONFLICT (name) DO UPDATE SET value = excluded.value "
         f"WHERE excluded.value::bigint > held.value::bigint; RETURN NULL; END $$"
     )

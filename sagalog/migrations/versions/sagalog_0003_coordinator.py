@@ -30,7 +30,7 @@ def upgrade() -> None:
     )
     op.create_table(
         f"{prefix}saga_audit",
-        sa.Column("audit_id", stored_integer(), sa.Identity(), primary_key=True),
+        sa.Column("audit_id", stored_integer(), primary_key=True),
         sa.Column("saga_id", stored_integer(), nullable=False),
         sa.Column("step_index", sa.Integer),
         sa.Column("action", sa.Text, nullable=False),
