@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-from sagalog.migrations.placing import create_index, placed, placement, stored_integer
+from sagalog.migrations.placing import create_index, placement, stored_integer
 
 revision = "sagalog_0001"
 down_revision = None
@@ -31,9 +31,10 @@ def upgrade() -> None:
         sa.Column("input_json", sa.Text, nullable=False),
         schema=schema,
     )
+    target = f"{schema}.{prefix}saga" if schema else f"{prefix}saga"
     op.create_table(
         f"{prefix}saga_step",
-        sa.Column("saga_id", stored_integer(), sa.ForeignKey(f"{placed('saga')}.saga_id"), nullable=False),
+        sa.Column("saga_id", stored_integer(), sa.ForeignKey(f"{target}.saga_id"), nullable=False),
         sa.Column("step_index", sa.Integer, nullable=False),
         sa.Column("name", sa.Text, nullable=False),
         sa.Column("state", sa.Text, nullable=False),
