@@ -226,7 +226,9 @@ def open_road(name: str, sqlite_url: str, postgres_url: str | None) -> Iterator[
             shared = create_engine("sqlite://", creator=lambda: connection, poolclass=StaticPool)
             yield Road(name, log, shared, nothing)
         elif "async" in name:
-            driver = "sqlite+aiosqlite" if on_sqlite else "postgresql+" + ("asyncpg" if "asyncpg" in name else "psycopg")
+            driver = (
+                "sqlite+aiosqlite" if on_sqlite else "postgresql+" + ("asyncpg" if "asyncpg" in name else "psycopg")
+            )
             from sqlalchemy import make_url
 
             target = make_url(url).set(drivername=driver)

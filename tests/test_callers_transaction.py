@@ -212,7 +212,9 @@ def test_on_a_hooked_engine_a_rollback_takes_everything(sqlite_path: Path) -> No
     engine.dispose()
 
 
-@pytest.mark.parametrize("bind", [None, "sqlite://", object(), sessionmaker()], ids=["None", "str", "object", "factory"])
+@pytest.mark.parametrize(
+    "bind", [None, "sqlite://", object(), sessionmaker()], ids=["None", "str", "object", "factory"]
+)
 def test_something_else_is_no_bind(bind: Any) -> None:
     with pytest.raises(UnusableBind):
         SagaLog(bind)

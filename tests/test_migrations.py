@@ -54,7 +54,9 @@ def write_earlier(path: Path, sagas: int = 300, version: int = 1) -> None:
         state = STATES[n % len(STATES)]
         ended = None if state in ("running", "compensating") else 1_700_000_000_000 + n
         text_input = f'{{"n": {n}, "text": "\u00fc\\u2028 \\"quoted\\" \U0001f600"}}'
-        connection.execute("INSERT INTO saga VALUES (?,?,?,?,?,?,?)", (n, f"saga {n % 7}", state, n, ended, None, text_input))
+        connection.execute(
+            "INSERT INTO saga VALUES (?,?,?,?,?,?,?)", (n, f"saga {n % 7}", state, n, ended, None, text_input)
+        )
         for i in range(n % 4):
             step = ("pending", "succeeded", "failed", "compensated")[(n + i) % 4]
             cmd = "" if step == "compensated" else f'{{"i":  {i}}}'
@@ -132,7 +134,9 @@ def test_an_adopted_file_without_its_indexes_gets_them(tmp_path: Path) -> None:
 
 def _objects(path: Path) -> set[str]:
     connection = sqlite3.connect(path)
-    found = connection.execute("SELECT type, name, sql FROM sqlite_master WHERE type IN ('index', 'trigger')").fetchall()
+    found = connection.execute(
+        "SELECT type, name, sql FROM sqlite_master WHERE type IN ('index', 'trigger')"
+    ).fetchall()
     connection.close()
     return {re.sub(r"[\s\"]+", " ", f"{kind} {name} {sql}").replace(" (", "(") for kind, name, sql in found if sql}
 
@@ -371,12 +375,15 @@ def test_models_equal_migrations(database_url: str, prefix: str) -> None:
             found = connection.execute(text("SELECT sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL"))
             made = {_normal(row[0]) for row in found}
             expected = {
-                _normal(str(CreateIndex(index).compile(engine))) for table in metadata.tables.values() for index in table.indexes
+                _normal(str(CreateIndex(index).compile(engine)))
+                for table in metadata.tables.values()
+                for index in table.indexes
             }
             assert made == expected
         else:
             names = {
-                row[0] for row in connection.execute(text("SELECT indexname FROM pg_indexes WHERE indexname LIKE '%_idx'"))
+                row[0]
+                for row in connection.execute(text("SELECT indexname FROM pg_indexes WHERE indexname LIKE '%_idx'"))
             }
             assert names == {index.name for table in metadata.tables.values() for index in table.indexes}
     log = SagaLog(engine, schema=schema, prefix=prefix)

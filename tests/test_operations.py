@@ -255,7 +255,13 @@ def test_compensate_step_inserts_a_missing_row(log: Any) -> None:
     log.start_saga(1, "s", None)
     log.compensate_step(1, 3, ["u"])
     (step,) = log.get(1).steps
-    assert (step.step_index, step.name, step.state, step.cmd, step.output) == (3, "compensate", "compensated", None, ["u"])
+    assert (step.step_index, step.name, step.state, step.cmd, step.output) == (
+        3,
+        "compensate",
+        "compensated",
+        None,
+        ["u"],
+    )
 
 
 def test_recovery_steps_are_appended_as_compensated_or_failed(log: Any) -> None:
@@ -419,7 +425,8 @@ def test_a_payload_that_cannot_be_stored_is_refused_before_anything_is_written(l
 
 def test_what_only_looks_unstorable_is_stored(log: Any) -> None:
     for index, value in enumerate(
-        ["NaN", "Infinity", "\\u0000", None, {"a": None}, Holds(number=1), [1] * 5000, _nested(100), 2**100, -0.0, ""], 1
+        ["NaN", "Infinity", "\\u0000", None, {"a": None}, Holds(number=1), [1] * 5000, _nested(100), 2**100, -0.0, ""],
+        1,
     ):
         log.start_saga(index, "s", value)
         expected = value.model_dump() if isinstance(value, Holds) else value

@@ -12,6 +12,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
@@ -104,6 +105,10 @@ class ThreadBind:
         self._worker: threading.Thread | None = None
         self._lock = threading.Lock()
         self._unit_task: asyncio.Task[Any] | None = None
+        # Units take turns in the loop and run in a thread of their own: were they to wait in the loop's default
+        # executor, they could fill it, and the one that holds the log would find no thread to go on.
+        self._unit_turn = asyncio.Lock()
+        self._unit_thread = ThreadPoolExecutor(1, thread_name_prefix="sagalog-unit")
 
     async def perform(self, operation: Operation[R]) -> R:
         """See `AsyncBind`."""
@@ -154,16 +159,20 @@ class ThreadBind:
     async def unit_of_work(self) -> AsyncIterator[_AsyncHeldFile]:
         """See `AsyncBind`."""
         self._refuse_nested("unit_of_work")
-        held = await decided(asyncio.to_thread(self._file.enter_unit, None))
-        self._unit_task = asyncio.current_task()
-        try:
-            yield _AsyncHeldFile(held)
-        except BaseException:
+        async with self._unit_turn:
+            held = await self._in_unit_thread(lambda: self._file.enter_unit(None))
+            self._unit_task = asyncio.current_task()
+            try:
+                yield _AsyncHeldFile(held, self._in_unit_thread)
+            except BaseException:
+                self._unit_task = None
+                await self._in_unit_thread(lambda: held.end(commit=False))
+                raise
             self._unit_task = None
-            await decided(asyncio.to_thread(held.end, commit=False))
-            raise
-        self._unit_task = None
-        await decided(asyncio.to_thread(held.end, commit=True))
+            await self._in_unit_thread(lambda: held.end(commit=True))
+
+    async def _in_unit_thread(self, work: Callable[[], R]) -> R:
+        return await decided(asyncio.get_running_loop().run_in_executor(self._unit_thread, work))
 
     async def close(self) -> None:
         """See `AsyncBind`; it waits for the writes under way."""
@@ -173,6 +182,7 @@ class ThreadBind:
             await asyncio.to_thread(worker.join)
             self._worker = None
         await asyncio.to_thread(self._file.close)
+        self._unit_thread.shutdown(wait=False)
 
 
 def _wake(futures: list[asyncio.Future[None]]) -> None:
@@ -182,11 +192,13 @@ def _wake(futures: list[asyncio.Future[None]]) -> None:
 
 
 class _AsyncHeldFile:
-    def __init__(self, held: HeldFile) -> None:
+    def __init__(self, held: HeldFile, in_thread: Callable[[Callable[[], Any]], Awaitable[Any]]) -> None:
         self._held = held
+        self._in_thread = in_thread
 
     async def perform(self, operation: Operation[R]) -> R:
-        return await decided(asyncio.to_thread(self._held.perform, operation))
+        value: R = await self._in_thread(lambda: self._held.perform(operation))
+        return value
 
     @asynccontextmanager
     async def unit_of_work(self) -> AsyncIterator[_AsyncHeldFile]:

@@ -25,7 +25,7 @@ from sagalog.log.bind import (
     verify_once,
 )
 from sagalog.log.database import CoreDatabase, CursorDatabase, Database, Kind, Operation
-from sagalog.log.faults import SQLITE_IOERR, driver_error, is_disconnect, is_fault, sqlite_code, translate
+from sagalog.log.faults import SQLITE_IOERR, driver_error, is_disconnect, is_fault, sqlite_code, translate, was_sent
 from sagalog.log.statements import Statements
 
 R = TypeVar("R")
@@ -61,6 +61,8 @@ class EngineBind:
         if not self._on_sqlite:
             self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
             self._transacting = engine.execution_options(isolation_level="READ COMMITTED")
+            # SQLAlchemy's errors on these two quote no payload, whatever the host's own setting.
+            self._autocommit.hide_parameters = self._transacting.hide_parameters = True
 
     @property
     def name(self) -> str:
@@ -87,20 +89,20 @@ class EngineBind:
         try:
             return self._on_postgres(operation)
         except Exception as error:
-            if not is_disconnect(error):
-                self._raise(error, operation, committing=operation.kind is not Kind.READ)
-            return self._again(operation, error)
-
-    def _again(self, operation: Operation[R], lost: Exception) -> R:
-        # On a fresh connection: updates are idempotent, and an insert that is refused now may have been the lost one.
+            lost = error
+        if operation.kind is Kind.SEVERAL or not is_disconnect(lost):
+            raise self._told(lost, operation, committing=was_sent(lost) and operation.kind is not Kind.READ)
+        # Once more, on a fresh connection: updates are idempotent, and an insert that is refused now may have been the
+        # lost one. Outside the except block, for the lost error's text quotes parameters.
+        unknown = was_sent(lost) and operation.kind is not Kind.READ
         try:
-            if operation.kind is not Kind.SEVERAL:
-                return self._on_postgres(operation)
+            return self._on_postgres(operation)
         except (SagaExists, StepExists):
             pass
         except Exception as error:
+            unknown = unknown or (was_sent(error) and operation.kind is not Kind.READ)
             lost = error
-        raise self._told(lost, operation, committing=operation.kind is not Kind.READ)
+        raise self._told(lost, operation, committing=unknown)
 
     def _told(self, error: BaseException, operation: Operation[Any], *, committing: bool) -> BaseException:
         if isinstance(error, SagaLogError) or not is_fault(error):

@@ -9,7 +9,14 @@ from __future__ import annotations
 import sqlite3
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError, InterfaceError, ResourceClosedError, SQLAlchemyError, StatementError
+from sqlalchemy.exc import (
+    DBAPIError,
+    InterfaceError,
+    OperationalError,
+    ResourceClosedError,
+    SQLAlchemyError,
+    StatementError,
+)
 
 from sagalog.errors import LogUnavailable, NotASagaLog, SagaLogError, SchemaMissing, SchemaOutOfDate, where
 from sagalog.log.database import Operation
@@ -55,14 +62,21 @@ def sqlite_code(error: BaseException) -> int:
 
 
 def is_disconnect(error: BaseException) -> bool:
-    """The connection itself is gone: the server may or may not have done what it was sent."""
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
+    """The connection is gone, or could not be made."""
+    if was_sent(error):
         return True
     cause = driver_error(error)
     state = _sqlstate(cause)
     if state is not None:
         return state.startswith(("08", "57P"))
-    return isinstance(cause, OSError | TimeoutError) or (isinstance(error, InterfaceError) and not sqlite_code(error))
+    # What no server and no SQLite gave a code came from the way there.
+    unreached = isinstance(error, OperationalError | InterfaceError) and not sqlite_code(error)
+    return unreached or isinstance(cause, OSError | TimeoutError)
+
+
+def was_sent(error: BaseException) -> bool:
+    """The connection broke after it was made: the server may or may not have done what it was sent."""
+    return isinstance(error, DBAPIError) and error.connection_invalidated
 
 
 def _sqlstate(cause: Any) -> str | None:

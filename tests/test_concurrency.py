@@ -1,0 +1,285 @@
+"""Threads, tasks, processes: every acknowledged write is there, ids are never given twice, nothing hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine
+
+from sagalog import AsyncSagaLog, InvalidTransition, SagaLog, SagaLogError, SagaOutcome
+
+SHARED = ("sqlite-file", "sqlite-memory", "sqlite-engine", "postgres-engine")
+
+
+@pytest.fixture(params=SHARED)
+def shared(request: pytest.FixtureRequest, sqlite_path: Path) -> Iterator[SagaLog]:
+    """A log that threads may share."""
+    if request.param == "sqlite-file":
+        log = SagaLog.open(sqlite_path)
+    elif request.param == "sqlite-memory":
+        log = SagaLog.open_in_memory()
+    else:
+        on_sqlite = request.param == "sqlite-engine"
+        url = f"sqlite:///{sqlite_path}" if on_sqlite else request.getfixturevalue("postgres_url")
+        arguments = {"connect_args": {"timeout": 60}} if on_sqlite else {}
+        engine = create_engine(url, pool_size=16, **arguments)
+        yield SagaLog(engine)
+        engine.dispose()
+        return
+    yield log
+    log.close()
+
+
+def run_saga(log: SagaLog, number: int) -> int:
+    saga = log.create_saga("s", {"n": number})
+    for index in range(3):
+        log.start_step(saga, index, "c", {"i": index})
+        log.finish_step(saga, index, [index])
+    log.terminate(saga, SagaOutcome.completed())
+    return saga
+
+
+def test_threads_share_a_log_and_every_saga_is_whole(shared: SagaLog) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        sagas = list(pool.map(lambda n: (run_saga(shared, n), n), range(200)))
+    assert len({saga for saga, _ in sagas}) == 200
+    assert shared.counts() == {"completed": 200}
+    for saga, number in sagas[::20]:
+        record = shared.get(saga)
+        assert record.input == {"n": number}
+        assert [s.output for s in record.steps] == [[0], [1], [2]]
+
+
+def test_one_key_started_by_many_threads_is_one_saga(shared: SagaLog) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        ids = list(pool.map(lambda n: shared.create_saga("s", {"a": 1}, key=f"k{n % 5}"), range(100)))
+    assert len(set(ids)) == 5
+    assert shared.counts() == {"running": 5}
+
+
+def test_one_step_started_by_many_threads_is_started_once(shared: SagaLog) -> None:
+    shared.start_saga(1, "s", None)
+
+    def start(number: int) -> bool:
+        try:
+            shared.start_step(1, 0, "c", number)
+        except SagaLogError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(16) as pool:
+        assert sum(pool.map(start, range(50))) == 1
+
+
+def test_no_saga_completes_beside_a_step_that_is_starting(shared: SagaLog) -> None:
+    for saga in range(1, 41):
+        shared.start_saga(saga, "s", None)
+        barrier = threading.Barrier(2)
+
+        def start(saga: int = saga, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            try:
+                shared.start_step(saga, 0, "c", None)
+            except InvalidTransition:
+                return
+
+        def end(saga: int = saga, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            try:
+                shared.terminate(saga, SagaOutcome.completed())
+            except InvalidTransition:
+                return
+
+        threads = [threading.Thread(target=start), threading.Thread(target=end)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        record = shared.get(saga)
+        assert not (record.state == "completed" and record.steps), record
+
+
+def test_a_start_that_waits_for_a_commit_judges_what_was_committed(postgres_url: str) -> None:
+    engine = create_engine(postgres_url)
+    log = SagaLog(engine)
+    log.start_saga(1, "s", None)
+    results: list[Any] = []
+
+    def end() -> None:
+        try:
+            log.terminate(1, SagaOutcome.completed())
+        except InvalidTransition as error:
+            results.append(error)
+
+    with engine.connect() as connection:
+        SagaLog(connection).start_step(1, 0, "c", None)
+        thread = threading.Thread(target=end)
+        thread.start()
+        with engine.connect() as watcher:
+            _wait_for_lock(watcher)
+        connection.commit()
+    thread.join(30)
+    assert len(results) == 1
+    assert log.get(1).state == "running"
+    engine.dispose()
+
+
+def _wait_for_lock(watcher: Any) -> None:
+    from sqlalchemy import text
+
+    while not watcher.execute(text("SELECT count(*) FROM pg_locks WHERE NOT granted")).scalar_one():
+        watcher.rollback()
+
+
+def test_tasks_share_a_log(sqlite_path: Path) -> None:
+    async def main() -> None:
+        async with await AsyncSagaLog.open(sqlite_path) as log:
+
+            async def one(number: int) -> None:
+                saga = await log.create_saga("s", number)
+                await log.start_step(saga, 0, "c", None)
+                await log.finish_step(saga, 0, [number])
+                await log.terminate(saga, SagaOutcome.completed())
+
+            await asyncio.gather(*(one(n) for n in range(200)))
+            assert await log.counts() == {"completed": 200}
+
+            async def unit(number: int) -> None:
+                async with log.unit_of_work() as work:
+                    saga = await work.create_saga("u", number)
+                    await asyncio.sleep(0)
+                    await work.start_step(saga, 0, "c", None)
+
+            await asyncio.gather(*(unit(n) for n in range(20)), *(one(n) for n in range(20)))
+            assert await log.counts() == {"completed": 220, "running": 20}
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_task_leaves_a_decided_write(migrated_url: str) -> None:
+    async def main(open_log: Callable[[], Any]) -> None:
+        log = await open_log()
+        await log.start_saga(1, "s", None)
+        raised: set[int] = set()
+
+        async def write(index: int) -> None:
+            try:
+                await log.start_step(1, index, "c", None)
+            except asyncio.CancelledError:
+                raised.add(index)
+                # Decided by now: it is there, or it never will be.
+                seen = {s.step_index for s in (await log.get(1)).steps}
+                states.append((index, index in seen))
+                raise
+
+        states: list[tuple[int, bool]] = []
+        for index in range(60):
+            task = asyncio.create_task(write(index))
+            for _ in range(index % 7):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        final = {s.step_index for s in (await log.get(1)).steps}
+        assert all((index in final) == seen for index, seen in states)
+        await log.close()
+
+    async def over_file() -> Any:
+        return await AsyncSagaLog.open(migrated_url.removeprefix("sqlite:///"))
+
+    asyncio.run(main(over_file))
+
+
+CHILD = """
+import sys
+from sagalog import SagaLog, SagaOutcome
+log = SagaLog.open(sys.argv[1], durability="normal") if "://" not in sys.argv[1] else SagaLog.open(sys.argv[1])
+while True:
+    saga = log.create_saga("s", None)
+    print("created", saga, flush=True)
+    for index in range(3):
+        log.start_step(saga, index, "c", index)
+        print("started", saga, index, flush=True)
+        log.finish_step(saga, index, [index])
+        print("finished", saga, index, flush=True)
+    log.terminate(saga, SagaOutcome.completed())
+    print("completed", saga, flush=True)
+"""
+
+
+def test_what_was_acknowledged_before_a_kill_is_there(migrated_url: str) -> None:
+    target = migrated_url.removeprefix("sqlite:///")
+    log = SagaLog.open(target)
+    for lines in range(1, 41, 3):
+        child = subprocess.Popen([sys.executable, "-c", CHILD, target], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        seen = [child.stdout.readline().split() for _ in range(lines)]
+        os.kill(child.pid, signal.SIGKILL)
+        seen += [line.split() for line in child.stdout.read().splitlines() if line.count(" ") >= 1]
+        child.wait(30)
+        child.stdout.close()
+        for verb, saga, *index in seen:
+            record = log.get(int(saga))
+            if verb == "completed":
+                assert record.state == "completed"
+            elif index:
+                step = record.steps[int(index[0])]
+                assert step.state == "succeeded" or verb == "started"
+        # At most what the last line acknowledged plus the one write under way.
+        assert len(log.unresolved_sagas()) <= lines
+    log.close()
+
+
+def test_many_processes_write_one_file(sqlite_path: Path) -> None:
+    code = (
+        "import sys\nfrom sagalog import SagaLog, SagaOutcome\nlog = SagaLog.open(sys.argv[1])\n"
+        "for n in range(50):\n    saga = log.create_saga('s', n)\n    log.terminate(saga, SagaOutcome.completed())\n"
+        "log.close()\n"
+    )
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(sqlite_path)], stderr=subprocess.PIPE) for _ in range(4)
+    ]
+    assert [(w.communicate(timeout=120)[1], w.returncode) for w in workers] == [(b"", 0)] * 4
+    with SagaLog.open(sqlite_path) as log:
+        assert log.counts() == {"completed": 200}
+
+
+def test_a_child_of_a_fork_goes_on_with_the_log(sqlite_path: Path) -> None:
+    log = SagaLog.open(sqlite_path)
+    log.start_saga(1, "s", None)
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            log.next_step_index(1)
+            log.create_saga("busy", None)
+
+    threads = [threading.Thread(target=busy) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    children = []
+    for number in range(8):
+        child = os.fork()
+        if child == 0:
+            try:
+                log.start_step(1, number, "c", None)
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        children.append(child)
+    stop.set()
+    for thread in threads:
+        thread.join(60)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+    assert len(log.get(1).steps) == 8
+    log.start_step(1, 99, "c", None)
+    log.close()
