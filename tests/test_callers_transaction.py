@@ -252,3 +252,24 @@ def test_a_transaction_that_sqlite_rolled_back_by_itself_cannot_be_half_committe
             expected = 0
     assert len(SagaLog(engine).get(1).steps) == expected
     engine.dispose()
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_snapshot_older_than_a_started_step_cannot_end_the_saga(postgres_url: str, level: Any) -> None:
+    engine = create_engine(postgres_url)
+    log = SagaLog(engine)
+    log.start_saga(1, "s", None)
+    with engine.connect().execution_options(isolation_level=level) as connection:
+        mine = SagaLog(connection)
+        assert mine.get(1).steps == ()
+        log.start_step(1, 0, "c", None)
+        with pytest.raises(UnusableBind, match=level):
+            mine.terminate(1, SagaOutcome.completed())
+        mine.terminate(1, SagaOutcome.failed("f"))
+        connection.commit()
+    assert log.get(1).state == "failed"
+    strict = create_engine(postgres_url, isolation_level=level)
+    SagaLog(strict).fail_step(1, 0, "r")
+    SagaLog(strict).terminate(1, SagaOutcome.compensated("r"))
+    engine.dispose()
+    strict.dispose()

@@ -71,7 +71,8 @@ def rows(path: Path) -> tuple[list[Any], list[Any], int]:
         "SELECT saga_id, name, state, started_at, terminal_at, failure_reason, input_json FROM saga ORDER BY 1"
     ).fetchall()
     steps = connection.execute(
-        "SELECT saga_id, step_index, name, state, cmd_json, output_json, started_at, ended_at FROM saga_step ORDER BY 1, 2"
+        "SELECT saga_id, step_index, name, state, cmd_json, output_json, started_at, ended_at "
+        "FROM saga_step ORDER BY 1, 2"
     ).fetchall()
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     connection.close()
@@ -107,7 +108,8 @@ def test_the_earlier_program_still_reads_and_writes_the_file(tmp_path: Path) -> 
         "INSERT INTO saga (saga_id, name, state, started_at, input_json) VALUES (11, 'old', 'running', 5, '{}')"
     )
     earlier.execute(
-        "INSERT INTO saga_step (saga_id, step_index, name, state, cmd_json, started_at) VALUES (11, 0, 'c', 'pending', '', 5)"
+        "INSERT INTO saga_step (saga_id, step_index, name, state, cmd_json, started_at) "
+        "VALUES (11, 0, 'c', 'pending', '', 5)"
     )
     earlier.execute("UPDATE saga_step SET state = 'succeeded', output_json = '[]', ended_at = 6 WHERE saga_id = 11")
     earlier.execute("DELETE FROM saga WHERE saga_id = 10 AND NOT EXISTS (SELECT 1 FROM saga_step WHERE saga_id = 10)")

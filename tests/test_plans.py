@@ -53,7 +53,7 @@ def _fill(connection: Any) -> None:
 
 
 def test_no_operation_scans_a_table(statements: Any) -> None:
-    engine, log, seen = statements
+    engine, _log, seen = statements
     joined = engine.connect()
     work = SagaLog(joined)
     work.max_saga_id()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sqlite3
 import threading
@@ -27,4 +28,5 @@ def fill_migrated(connection: sqlite3.Connection) -> None:
             made = sqlite3.connect(":memory:", check_same_thread=False)
             migrations.upgrade(create_engine("sqlite://", creator=lambda: made, poolclass=StaticPool))
             _template = (os.getpid(), made)
+            atexit.register(made.close)
         _template[1].backup(connection)

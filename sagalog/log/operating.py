@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from sagalog.errors import InvalidTransition, LogUnavailable, PayloadError, SagaNotFound, StepNotFound
 from sagalog.log.database import Database, Kind, Operation
-from sagalog.log.writing import steps_in_the_way
+from sagalog.log.writing import lock_saga, steps_in_the_way
 from sagalog.payload import check_saga_id, check_step_index, check_text, encode
-from sagalog.states import Actor, SagaState, StepState, saga_sources, step_sources
+from sagalog.states import OUTSTANDING, Actor, SagaState, StepState, saga_sources, step_sources
 
 
 def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[None]:
@@ -31,8 +31,8 @@ def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[Non
     sources = saga_sources(target, Actor.OPERATOR)
 
     def run(db: Database) -> None:
-        if db.on_postgres:
-            db.fetch(db.sql.lock_saga, id_=saga_id)
+        if target in OUTSTANDING:
+            lock_saga(db, asked, saga_id)
         if db.write(db.sql.resolve(target), id_=saga_id, at_=db.now()) == 1:
             before = SagaState.FAILED_COMPENSATION
             _write_audit(db, asked, saga_id, None, note, actor, before, target)
@@ -82,8 +82,6 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
     output = encode({"error": note}, asked, saga_id, step_index) if target is StepState.FAILED else None
 
     def run(db: Database) -> None:
-        if db.on_postgres:
-            db.fetch(db.sql.lock_saga, id_=saga_id)
         rows = db.fetch(db.sql.step_row, id_=saga_id, index_=step_index)
         now = db.now()
         done = db.write(db.sql.resolve_step(target), id_=saga_id, index_=step_index, output_=output, at_=now)

@@ -347,7 +347,8 @@ class Statements:
 
     @cached_property
     def lock_saga(self) -> Statement:
-        return Statement(select(self.saga.c.state).where(self._this_saga).with_for_update(key_share=True))
+        level = func.current_setting(literal_column("'transaction_isolation'"), type_=_TEXT)
+        return Statement(select(level).select_from(self.saga).where(self._this_saga).with_for_update(key_share=True))
 
     @cached_property
     def request_cancel(self) -> Statement:

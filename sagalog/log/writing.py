@@ -20,6 +20,7 @@ from sagalog.errors import (
     SagaNotFound,
     StepExists,
     StepNotFound,
+    UnusableBind,
 )
 from sagalog.log.database import Database, Kind, Operation
 from sagalog.log.statements import Statement
@@ -508,9 +509,8 @@ def _moving(
     reason: str | None,
 ) -> Operation[None]:
     def attempt(db: Database) -> SagaLogError | None:
-        if kind is Kind.LOCKED and db.on_postgres:
-            # In a statement before, so that the guard's snapshot is younger than the wait for a concurrent start_step.
-            db.fetch(db.sql.lock_saga, id_=saga_id)
+        if kind is Kind.LOCKED:
+            lock_saga(db, asked, saga_id)
         if db.write(statement(db), id_=saga_id, reason_=reason, at_=db.now()) == 1:
             return None
         head = _head(db, asked, saga_id)
@@ -521,6 +521,29 @@ def _moving(
         return steps_in_the_way(db, asked, saga_id, target, head[1]) or _Changed()
 
     return Operation(asked, kind, _deciding(attempt, asked, saga_id), saga_id)
+
+
+def lock_saga(db: Database, asked: str, saga_id: int) -> None:
+    """Before a guard that looks at other rows than it writes: keep concurrent `start_step`s out, on Postgres.
+
+    In a statement of its own, so that the guard's snapshot is younger than the wait for the lock. On SQLite the
+    write lock does it.
+
+    Raises:
+        UnusableBind: The caller's transaction reads from one old snapshot, in which a step that was started since
+            does not exist: it would be called done while it is in doubt.
+    """
+    if not db.on_postgres:
+        return
+    for (level,) in db.fetch(db.sql.lock_saga, id_=saga_id):
+        if level != "read committed":
+            raise UnusableBind(
+                f"{asked} of saga {saga_id}",
+                f"the caller's transaction is at {level.upper()} and cannot see a step started since it began",
+                saga_id=saga_id,
+                found=level,
+                hint="Use a transaction at READ COMMITTED, or give SagaLog the Engine.",
+            )
 
 
 def steps_in_the_way(db: Database, asked: str, saga_id: int, target: SagaState, found: str) -> InvalidTransition | None:
