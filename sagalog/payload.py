@@ -23,10 +23,8 @@ JsonValue: TypeAlias = Any
 MAX_SAGA_ID = 2**63 - 1
 MAX_STEP_INDEX = 2**31 - 1
 
-# Whatever could read back as something else than what was given: only such text is checked further.
-_SUSPECT = re.compile(rb"NaN|Infinity|null|\\u0000")
-_LONGEST_UNCHECKED = 3_000
-_DEEPEST_UNCHECKED = 150
+# Shorter text nests less deep, and holds shorter integers, than can be read back.
+_LONGEST_UNCHECKED = 390
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _HELD = "JSON text can hold None, bool, finite numbers, text without U+0000, lists, dicts, Pydantic models, dataclasses"
 
@@ -39,11 +37,11 @@ def encode(value: Payload, asked: str, saga_id: int | None = None, step_index: i
             type and the reason, never the value.
     """
     try:
-        text = to_json(value, inf_nan_mode="constants")
-        brackets = text.count(b"[") + text.count(b"{")
-        if len(text) > _LONGEST_UNCHECKED or brackets > _DEEPEST_UNCHECKED or _SUSPECT.search(text):
+        text = to_json(value, inf_nan_mode="constants").decode()
+        # Whatever could read back as something else than what was given; only such text is checked further.
+        if len(text) > _LONGEST_UNCHECKED or "null" in text or "NaN" in text or "Infinity" in text or "\\u0000" in text:
             _check_it_reads_back(value, text)
-        return text.decode()
+        return text
     except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as error:
         # Not chained: what pydantic-core says may quote the value.
         reason = str(error) if isinstance(error, _Unreadable) else f"it cannot be written as JSON ({_kind(error)})"
@@ -79,18 +77,18 @@ def _kind(error: BaseException) -> str:
     return type(error).__name__
 
 
-def _check_it_reads_back(value: Payload, text: bytes) -> None:
+def _check_it_reads_back(value: Payload, text: str) -> None:
     try:
         back = from_json(text, allow_inf_nan=False)
     except ValueError as error:
-        if "NaN" in str(error) or "Infinity" in str(error) or re.search(rb"NaN|Infinity", text):
+        if "NaN" in str(error) or "Infinity" in str(error) or "NaN" in text or "Infinity" in text:
             raise _Unreadable("NaN or infinity") from None
         raise _Unreadable("nesting too deep, or an integer too long, to be read back") from None
-    if b"\\u0000" in text and _any_leaf(back, lambda leaf: isinstance(leaf, str) and "\x00" in leaf):
+    if "\\u0000" in text and _any_leaf(back, lambda leaf: isinstance(leaf, str) and "\x00" in leaf):
         raise _Unreadable("U+0000 in a text")
-    if to_json(back) != text:
+    if to_json(back).decode() != text:
         raise _Unreadable("it reads back as another value")
-    if b"null" in text and _any_leaf(
+    if "null" in text and _any_leaf(
         to_jsonable_python(value), lambda leaf: isinstance(leaf, float) and not math.isfinite(leaf)
     ):
         raise _Unreadable("NaN or infinity")
@@ -168,6 +166,8 @@ def check_text(value: str, what: str, asked: str, saga_id: int | None = None, st
     Raises:
         PayloadError: It is no str, is empty, or holds U+0000 or a lone surrogate.
     """
+    if isinstance(value, str) and value.isascii() and value.isprintable() and not value.isspace() and value:
+        return value
     if not isinstance(value, str):
         problem = f"the {what} is a {type(value).__name__}, not a str"
     elif not value or value.isspace():
@@ -195,6 +195,19 @@ def check_integer(value: int, what: str, lowest: int, highest: int, asked: str) 
     raise PayloadError(
         asked, f"the {what} is {found}", found=found, hint=f"A {what} is an int from {lowest} to {highest}."
     )
+
+
+def check_step(saga_id: int, step_index: int, asked: str) -> None:
+    """Both parts of a step's key."""
+    if (
+        type(saga_id) is int
+        and type(step_index) is int
+        and 0 < saga_id <= MAX_SAGA_ID
+        and 0 <= step_index <= MAX_STEP_INDEX
+    ):
+        return
+    check_saga_id(saga_id, asked)
+    check_step_index(step_index, asked)
 
 
 def check_saga_id(value: int, asked: str) -> int:

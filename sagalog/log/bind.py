@@ -66,6 +66,11 @@ def verify_once(dialect: Dialect, sql: Statements, database: str, look: Callable
         verified.add(sql.placement)
 
 
+def is_verified(dialect: Dialect, placement: Placement) -> bool:
+    """Whether `verify_once` has nothing more to do."""
+    return placement in _verified.get(dialect, ())
+
+
 def forget_verified(dialect: Dialect) -> None:
     """A migration changes what was verified."""
     _verified.pop(dialect, None)
@@ -116,17 +121,23 @@ def retry_while_busy(attempt: Callable[[], R], seconds: float, sleep: Callable[[
             sleep(random.uniform(0.001, 0.010))
 
 
-def take_write_lock(cursor: Any, sleep: Callable[[float], Any]) -> None:
+def take_write_lock(connection: Any, cursor: Any, sleep: Callable[[float], Any]) -> None:
     """Begin a writing transaction on a host's SQLite connection, within the host's own busy timeout.
 
     Args:
-        cursor: The driver's; its busy timeout is put back.
+        connection: SQLAlchemy's proxy of the driver's.
+        cursor: Of that connection; its busy timeout is put back.
         sleep: Waits so many seconds.
     """
-    cursor.execute("PRAGMA busy_timeout")
-    timeout = cursor.fetchall()[0][0]
+    timeout = connection.info.get(_TIMEOUT)
+    if timeout is None:
+        cursor.execute("PRAGMA busy_timeout")
+        timeout = connection.info[_TIMEOUT] = cursor.fetchall()[0][0]
     cursor.execute("PRAGMA busy_timeout = 0")
     try:
         begin_immediate(cursor.execute, timeout / 1000, sleep)
     finally:
         cursor.execute(f"PRAGMA busy_timeout = {timeout}")
+
+
+_TIMEOUT = "sagalog_busy_timeout"

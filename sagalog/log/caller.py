@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
@@ -12,7 +13,7 @@ from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import Session
 
 from sagalog.errors import SagaLogError, UnusableBind
-from sagalog.log.bind import in_driver_transaction, name_of, read_found, take_write_lock, verify_once
+from sagalog.log.bind import in_driver_transaction, is_verified, name_of, read_found, take_write_lock, verify_once
 from sagalog.log.database import CoreDatabase, Kind, Operation
 from sagalog.log.faults import driver_error, is_fault, translate
 from sagalog.log.statements import Statements
@@ -52,12 +53,9 @@ class CallerBind:
         """Run one operation; it is durable with the caller's commit, and gone with their rollback."""
         try:
             connection = self._connection()
-            verify_once(
-                connection.dialect,
-                self._sql,
-                name_of(connection.engine),
-                lambda: read_found(connection, self._sql.placement),
-            )
+            if not is_verified(connection.dialect, self._sql.placement):
+                look = partial(read_found, connection, self._sql.placement)
+                verify_once(connection.dialect, self._sql, name_of(connection.engine), look)
             if operation.kind is not Kind.READ:
                 self._enter_transaction(connection, operation)
         except Exception as error:
@@ -107,7 +105,7 @@ class CallerBind:
             raise self._autocommitting(operation)
         cursor = dbapi.cursor()
         try:
-            take_write_lock(cursor, self._sleep)
+            take_write_lock(dbapi, cursor, self._sleep)
         finally:
             cursor.close()
 

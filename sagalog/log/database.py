@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Connection
+from sqlalchemy.engine import Dialect
 
 from sagalog.log.statements import Statement, Statements
 from sagalog.moments import now_ms
@@ -121,8 +122,9 @@ class CursorDatabase:
     def write(self, statement: Statement, **values: Any) -> int:
         """See `Database`."""
         text, order = statement.sqlite
-        self._cursor.execute(text, order(values))
-        changed: int = self._cursor.rowcount
+        cursor = self._cursor
+        cursor.execute(text, order(values))
+        changed: int = cursor.rowcount
         self.writes += changed
         return changed
 
@@ -136,3 +138,28 @@ class CursorDatabase:
     def now(self) -> int:
         """See `Database`."""
         return now_ms()
+
+
+class PostgresCursorDatabase(CursorDatabase):
+    """The same over a Postgres driver's."""
+
+    on_postgres = True
+
+    def __init__(self, cursor: Any, sql: Statements, dialect: Dialect) -> None:
+        super().__init__(cursor, sql)
+        self._dialect = dialect
+
+    def write(self, statement: Statement, **values: Any) -> int:
+        """See `Database`."""
+        text, order = statement.ready(self._dialect)
+        self._cursor.execute(text, order(values))
+        changed: int = self._cursor.rowcount
+        self.writes += changed
+        return changed
+
+    def fetch(self, statement: Statement, **values: Any) -> Rows:
+        """See `Database`."""
+        text, order = statement.ready(self._dialect)
+        self._cursor.execute(text, order(values))
+        rows: Rows = self._cursor.fetchall()
+        return rows

@@ -129,9 +129,6 @@ class FileBind:
         self._database = CursorDatabase(self._writer.cursor(), self._sql)
         return self._database
 
-    def _current(self) -> CursorDatabase:
-        return self._database if self._writer is not None else self._open_database()
-
     def _give_up_writer(self) -> None:
         """After a fault: the next operation opens the file anew, and sees what is really in it."""
         if self._path is not None and self._writer is not None:
@@ -145,10 +142,27 @@ class FileBind:
         """Run one operation; a write is durable when this returns."""
         if operation.kind is Kind.READ and self._path is not None:
             return self._read(operation)
-        ticket: Ticket[R] = Ticket(operation)
-        self._perform_all((ticket,))
-        value: R = ticket.outcome()
-        return value
+        with self._mutex:
+            leads = not self._leading and not self._closed
+            if leads:
+                self._leading = True
+        if not leads:
+            ticket: Ticket[R] = Ticket(operation)
+            if not self._lead(ticket):
+                return ticket.outcome()  # type: ignore[no-any-return]
+        try:
+            if not self._waiting:
+                if self._writer is None or operation.kind is Kind.SEVERAL:
+                    return self._alone(operation)
+                try:
+                    return operation.run(self._database)
+                except sqlite3.Error as error:
+                    return self._alone(operation, error)
+            own: Ticket[R] = Ticket(operation)
+            self._commit_together([own, *self._take_waiting()])
+        finally:
+            self._hand_over()
+        return own.outcome()  # type: ignore[no-any-return]
 
     def perform_all(self, tickets: Sequence[Ticket[Any]]) -> None:
         """Run the operations of several callers, with shared commits; each ticket then holds its outcome."""
@@ -161,15 +175,6 @@ class FileBind:
             return
         try:
             self._commit_together(ready)
-        finally:
-            self._hand_over()
-
-    def _perform_all(self, tickets: tuple[Ticket[Any]]) -> None:
-        if not self._lead(tickets[0]):
-            return
-        try:
-            batch: list[Ticket[Any]] = [*tickets, *self._take_waiting()]
-            self._commit_together(batch)
         finally:
             self._hand_over()
 
@@ -241,22 +246,25 @@ class FileBind:
     # Transactions
 
     def _commit_together(self, batch: list[Ticket[Any]]) -> None:
+        carried = False
         try:
             if len(batch) == 1 or not self._in_one_transaction(batch):
                 for ticket in batch:
-                    self._alone(ticket)
-        except BaseException as error:
-            # An interrupt of the leader is no matter of the others': theirs is rolled back, and told so.
-            for ticket in batch[1:]:
-                if ticket.value is None and ticket.error is None:
+                    assert ticket.operation is not None
+                    try:
+                        ticket.value = self._alone(ticket.operation)
+                    except Exception as error:
+                        ticket.error = error
+            carried = True
+        finally:
+            if not carried:
+                # An interrupt of the leader is no matter of the others': theirs is rolled back, and told so.
+                self._roll_back()
+            for ticket in batch:
+                if not carried and ticket.value is None and ticket.error is None:
                     ticket.error = LogUnavailable(
                         _asked(ticket), "the thread that wrote for it was interrupted", hint="Repeat it.", unknown=True
                     )
-            if not isinstance(error, Exception):
-                self._roll_back()
-            raise
-        finally:
-            for ticket in batch:
                 if ticket.wake is not None and not ticket.leads:
                     ticket.wake.release()
 
@@ -267,7 +275,7 @@ class FileBind:
         first = batch[0].operation
         assert first is not None
         try:
-            database = self._current()
+            database = self._database if self._writer is not None else self._open_database()
             begin_immediate(database._cursor.execute, BUSY_TIMEOUT_MS / 1000, time.sleep)
         except sqlite3.Error as error:
             self._tell_all(batch, error, committing=False)
@@ -300,34 +308,31 @@ class FileBind:
         if sqlite_code(error) != SQLITE_BUSY:
             self._give_up_writer()
 
-    def _alone(self, ticket: Ticket[Any]) -> None:
-        operation = ticket.operation
-        assert operation is not None
-        committing = operation.kind is not Kind.READ
+    def _alone(self, operation: Operation[R], first: sqlite3.Error | None = None) -> R:
+        """Run one operation; a single guarded statement is a transaction by itself.
+
+        Args:
+            operation: What to run.
+            first: What a first try, that held nobody up, met.
+        """
         try:
-            database = self._current()
-            if operation.kind is Kind.SEVERAL:
-                begin_immediate(database._cursor.execute, BUSY_TIMEOUT_MS / 1000, time.sleep)
-                ticket.value = operation.run(database)
-                database._cursor.execute("COMMIT")
-            else:
-                # A single guarded statement is a transaction by itself.
-                try:
-                    ticket.value = operation.run(database)
-                except sqlite3.OperationalError as error:
-                    if sqlite_code(error) != SQLITE_BUSY:
-                        raise
-                    ticket.value = retry_while_busy(lambda: operation.run(database), BUSY_TIMEOUT_MS / 1000, time.sleep)
-        except Exception as error:
-            if self._writer is not None and self._writer.in_transaction:
-                self._roll_back()
-            if isinstance(error, SagaLogError) or not is_fault(error):
-                ticket.error = error
-            else:
-                ticket.error = translate(error, operation, self.name, committing=committing)
-                ticket.error.__cause__ = error
-                if sqlite_code(error) != SQLITE_BUSY:
-                    self._give_up_writer()
+            if first is not None and sqlite_code(first) != SQLITE_BUSY:
+                raise first
+            database = self._database if self._writer is not None else self._open_database()
+            if operation.kind is not Kind.SEVERAL:
+                return retry_while_busy(lambda: operation.run(database), BUSY_TIMEOUT_MS / 1000, time.sleep)
+            begin_immediate(database._cursor.execute, BUSY_TIMEOUT_MS / 1000, time.sleep)
+            value = operation.run(database)
+            database._cursor.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._roll_back()
+            if sqlite_code(error) != SQLITE_BUSY:
+                self._give_up_writer()
+            raise translate(error, operation, self.name, committing=operation.kind is not Kind.READ) from error
+        except BaseException:
+            self._roll_back()
+            raise
+        return value
 
     def _roll_back(self) -> None:
         try:
@@ -378,7 +383,7 @@ class FileBind:
         self._lead(None)
         operation: Operation[None] = Operation("unit_of_work", Kind.SEVERAL, lambda database: None)
         try:
-            database = self._current()
+            database = self._database if self._writer is not None else self._open_database()
             begin_immediate(database._cursor.execute, BUSY_TIMEOUT_MS / 1000, time.sleep)
         except BaseException as error:
             self._roll_back()

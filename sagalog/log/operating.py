@@ -5,7 +5,7 @@ from __future__ import annotations
 from sagalog.errors import InvalidTransition, LogUnavailable, PayloadError, SagaNotFound, StepNotFound
 from sagalog.log.database import Database, Kind, Operation
 from sagalog.log.writing import lock_saga, steps_in_the_way
-from sagalog.payload import check_saga_id, check_step_index, check_text, encode
+from sagalog.payload import check_saga_id, check_step, check_text, encode
 from sagalog.states import OUTSTANDING, Actor, SagaState, StepState, saga_sources, step_sources
 
 
@@ -75,8 +75,7 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
             under way (before its `deadline_at`), or a process still runs the saga.
     """
     asked = "resolve_step"
-    check_saga_id(saga_id, asked)
-    check_step_index(step_index, asked)
+    check_step(saga_id, step_index, asked)
     target = StepState(_chosen(state, ("succeeded", "failed", "compensated"), asked, saga_id))
     _check_signed(note, actor, asked, saga_id)
     output = encode({"error": note}, asked, saga_id, step_index) if target is StepState.FAILED else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
 from operator import itemgetter
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 from sqlalchemy import (
     BigInteger,
@@ -42,6 +42,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeEngine
 
 from sagalog.models import Placement, models_at
@@ -76,26 +77,42 @@ def _bind(name: str) -> Any:
     return bindparam(name, type_=_BINDS.get(name, _TEXT))
 
 
+Ready: TypeAlias = tuple[str, Callable[[dict[str, Any]], Any]]
+"""SQL text for a driver's cursor, and what puts named values into the form that the text wants."""
+
+SQLITE: Final[Dialect] = sqlite.dialect(paramstyle="qmark")
+
+
 class Statement:
-    """A Core clause, and its ready text for SQLite drivers' own cursors."""
+    """A Core clause, and its ready text for drivers' own cursors."""
+
+    __slots__ = ("_ready", "clause", "sqlite")
 
     def __init__(self, clause: Executable) -> None:
         self.clause = clause
+        self.sqlite = _ready(clause, SQLITE)
+        self._ready: dict[str, Ready] = {}
 
-    @cached_property
-    def sqlite(self) -> tuple[str, Callable[[dict[str, Any]], Any]]:
-        """The text with `?`, and what puts named values into its order."""
-        dialect: Any = sqlite.dialect(paramstyle="qmark")
-        compiled: Any = self.clause.compile(dialect=dialect)  # type: ignore[attr-defined]
-        if compiled._bind_processors:
-            raise TypeError(f"these values would need SQLAlchemy's processors: {sorted(compiled._bind_processors)}")
-        order: list[str] = compiled.positiontup
-        fixed = {name: value for name, value in compiled.params.items() if value is not None}
-        if fixed:  # SQLite writes LIMIT as LIMIT ? OFFSET 0
-            return str(compiled), lambda values: tuple({**fixed, **values}[name] for name in order)
-        if len(order) < 2:
-            return str(compiled), lambda values: tuple(values[name] for name in order)
-        return str(compiled), itemgetter(*order)
+    def ready(self, dialect: Dialect) -> Ready:
+        """The text for a Postgres driver; compiled once for each."""
+        made = self._ready.get(dialect.driver)
+        if made is None:
+            made = self._ready[dialect.driver] = _ready(self.clause, dialect)
+        return made
+
+
+def _ready(clause: Executable, dialect: Dialect) -> Ready:
+    compiled: Any = clause.compile(dialect=dialect)  # type: ignore[attr-defined]
+    if compiled._bind_processors:
+        raise TypeError(f"these values would need SQLAlchemy's processors: {sorted(compiled._bind_processors)}")
+    fixed = {name: value for name, value in compiled.params.items() if value is not None}
+    if not compiled.positional:
+        names = tuple(compiled.params)
+        return str(compiled), lambda values: {name: values[name] for name in names}
+    order: list[str] = compiled.positiontup
+    if fixed or len(order) < 2:  # SQLite writes LIMIT as LIMIT ? OFFSET 0
+        return str(compiled), lambda values: tuple({**fixed, **values}[name] for name in order)
+    return str(compiled), itemgetter(*order)
 
 
 def _literal(word: str) -> ColumnElement[str]:

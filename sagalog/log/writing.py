@@ -28,7 +28,7 @@ from sagalog.payload import (
     MAX_SAGA_ID,
     Payload,
     check_saga_id,
-    check_step_index,
+    check_step,
     check_text,
     encode,
     printable,
@@ -52,23 +52,6 @@ _SETTLED_BY = "An operator settles it with resolve(), or sends it again with mar
 
 def _new_token() -> str:
     return secrets.token_hex(16)
-
-
-def _until_decided(attempt: Callable[[], SagaLogError | None], asked: str, saga_id: int | None) -> None:
-    """Act until the write took effect, was made before, or is refused.
-
-    The explaining SELECT may see a state that another process made after the
-    write was refused, in which it would be allowed: then it is tried again.
-    """
-    for _ in range(_TRIES):
-        refusal = attempt()
-        if refusal is None:
-            return
-        if not isinstance(refusal, _Changed):
-            raise refusal
-    raise LogUnavailable(
-        asked, "the row kept changing under it", saga_id=saga_id, hint="Other processes work on the same saga; repeat."
-    )
 
 
 class _Changed(SagaLogError):
@@ -179,20 +162,20 @@ def start_step(saga_id: int, step_index: int, name: str, cmd: Payload) -> Operat
         InvalidTransition: The saga is neither running nor compensating.
     """
     asked = "start_step"
-    check_saga_id(saga_id, asked)
-    check_step_index(step_index, asked)
+    check_step(saga_id, step_index, asked)
     check_text(name, "name", asked, saga_id, step_index)
     text = encode(cmd, asked, saga_id, step_index)
 
-    def attempt(db: Database) -> SagaLogError | None:
-        if db.write(db.sql.start_step, id_=saga_id, index_=step_index, name_=name, cmd_=text, at_=db.now()) == 1:
-            return None
+    def act(db: Database) -> bool:
+        return db.write(db.sql.start_step, id_=saga_id, index_=step_index, name_=name, cmd_=text, at_=db.now()) == 1
+
+    def explain(db: Database) -> SagaLogError | None:
         for name_found, state, cmd_found, *_ in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
             same = name_found == name and cmd_found == text
             return StepExists(asked, saga_id, step_index, found=state, identical=same)
         return _refused_by_saga(db, asked, saga_id, step_index, OPEN_FOR_STEPS)
 
-    return Operation(asked, Kind.INSERT, _deciding(attempt, asked, saga_id), saga_id, step_index)
+    return Operation(asked, Kind.INSERT, _deciding(act, explain), saga_id, step_index)
 
 
 def finish_step(saga_id: int, step_index: int, output_events: Payload) -> Operation[None]:
@@ -251,9 +234,10 @@ def compensate_step(saga_id: int, step_index: int, output_events: Payload) -> Op
     asked = "compensate_step"
     text = _checked_output(asked, saga_id, step_index, output_events)
 
-    def attempt(db: Database) -> SagaLogError | None:
-        if db.write(db.sql.compensate_step, id_=saga_id, index_=step_index, output_=text, at_=db.now()) == 1:
-            return None
+    def act(db: Database) -> bool:
+        return db.write(db.sql.compensate_step, id_=saga_id, index_=step_index, output_=text, at_=db.now()) == 1
+
+    def explain(db: Database) -> SagaLogError | None:
         for _name, state, _cmd, output, _deadline in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
             if state == StepState.COMPENSATED and output == text:
                 return None
@@ -261,7 +245,7 @@ def compensate_step(saga_id: int, step_index: int, output_events: Payload) -> Op
                 return _step_refused(asked, saga_id, step_index, StepState.COMPENSATED, state)
         return _refused_by_saga(db, asked, saga_id, step_index, NOT_FINAL)
 
-    return Operation(asked, Kind.WRITE, _deciding(attempt, asked, saga_id), saga_id, step_index)
+    return Operation(asked, Kind.WRITE, _deciding(act, explain), saga_id, step_index)
 
 
 def append_recovery_step(
@@ -284,23 +268,23 @@ def append_recovery_step(
         InvalidTransition: The saga has ended.
     """
     asked = "append_recovery_step"
-    check_saga_id(saga_id, asked)
-    check_step_index(step_index, asked)
+    check_step(saga_id, step_index, asked)
     check_text(name, "name", asked, saga_id, step_index)
     cmd_text = encode(cmd, asked, saga_id, step_index)
     output = encode(events if error is None else {"error": printable(error)}, asked, saga_id, step_index)
     state = StepState.COMPENSATED if error is None else StepState.FAILED
     values = {"id_": saga_id, "index_": step_index, "name_": name, "state_": state.value, "cmd_": cmd_text}
 
-    def attempt(db: Database) -> SagaLogError | None:
-        if db.write(db.sql.append_recovery_step, **values, output_=output, at_=db.now()) == 1:
-            return None
+    def act(db: Database) -> bool:
+        return db.write(db.sql.append_recovery_step, **values, output_=output, at_=db.now()) == 1
+
+    def explain(db: Database) -> SagaLogError | None:
         for name_found, found, cmd_found, output_found, _ in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
             same = (name_found, found, cmd_found, output_found) == (name, state, cmd_text, output)
             return StepExists(asked, saga_id, step_index, found=found, identical=same)
         return _refused_by_saga(db, asked, saga_id, step_index, NOT_FINAL)
 
-    return Operation(asked, Kind.INSERT, _deciding(attempt, asked, saga_id), saga_id, step_index)
+    return Operation(asked, Kind.INSERT, _deciding(act, explain), saga_id, step_index)
 
 
 def mark_step_compensated(saga_id: int, step_index: int) -> Operation[None]:
@@ -316,12 +300,12 @@ def mark_step_compensated(saga_id: int, step_index: int) -> Operation[None]:
         InvalidTransition: The step failed, or the saga has ended.
     """
     asked = "mark_step_compensated"
-    check_saga_id(saga_id, asked)
-    check_step_index(step_index, asked)
+    check_step(saga_id, step_index, asked)
 
-    def attempt(db: Database) -> SagaLogError | None:
-        if db.write(db.sql.mark_step_compensated, id_=saga_id, index_=step_index, at_=db.now()) == 1:
-            return None
+    def act(db: Database) -> bool:
+        return db.write(db.sql.mark_step_compensated, id_=saga_id, index_=step_index, at_=db.now()) == 1
+
+    def explain(db: Database) -> SagaLogError | None:
         rows = db.fetch(db.sql.step_row, id_=saga_id, index_=step_index)
         if rows and rows[0][1] == StepState.COMPENSATED:
             return None
@@ -330,7 +314,7 @@ def mark_step_compensated(saga_id: int, step_index: int) -> Operation[None]:
         refusal = _refused_by_saga(db, asked, saga_id, step_index, NOT_FINAL)
         return StepNotFound(asked, saga_id, step_index) if isinstance(refusal, _Changed) and not rows else refusal
 
-    return Operation(asked, Kind.WRITE, _deciding(attempt, asked, saga_id), saga_id, step_index)
+    return Operation(asked, Kind.WRITE, _deciding(act, explain), saga_id, step_index)
 
 
 def mark_all_succeeded_steps_compensated(saga_id: int) -> Operation[int]:
@@ -439,9 +423,10 @@ def request_cancel(saga_id: int, reason: str) -> Operation[None]:
     check_saga_id(saga_id, asked)
     text = printable(reason)
 
-    def attempt(db: Database) -> SagaLogError | None:
-        if db.write(db.sql.request_cancel, id_=saga_id, reason_=text, at_=db.now()) == 1:
-            return None
+    def act(db: Database) -> bool:
+        return db.write(db.sql.request_cancel, id_=saga_id, reason_=text, at_=db.now()) == 1
+
+    def explain(db: Database) -> SagaLogError | None:
         head = _head(db, asked, saga_id)
         if head[5] == text:
             return None
@@ -450,28 +435,39 @@ def request_cancel(saga_id: int, reason: str) -> Operation[None]:
             return InvalidTransition(asked, problem, saga_id=saga_id, found=head[1], hint="Nothing more is needed.")
         return _refused_by_saga(db, asked, saga_id, None, CANCELLABLE)
 
-    return Operation(asked, Kind.WRITE, _deciding(attempt, asked, saga_id), saga_id)
+    return Operation(asked, Kind.WRITE, _deciding(act, explain), saga_id)
 
 
 # What the operations share
 
 
 def _deciding(
-    attempt: Callable[[Database], SagaLogError | None], asked: str, saga_id: int | None
+    act: Callable[[Database], bool], explain: Callable[[Database], SagaLogError | None]
 ) -> Callable[[Database], None]:
+    """Act; if nothing was changed, it was made before (None), or is refused.
+
+    The explaining SELECT may see a state that another process made after the
+    write was refused, in which it would be allowed: then it is tried again.
+    """
+
     def run(db: Database) -> None:
-        refusal = attempt(db)
-        if refusal is not None:
+        if act(db):
+            return
+        for _ in range(_TRIES):
+            refusal = explain(db)
+            if refusal is None:
+                return
             if not isinstance(refusal, _Changed):
                 raise refusal
-            _until_decided(lambda: attempt(db), asked, saga_id)
+            if act(db):
+                return
+        raise LogUnavailable("the write", "the row kept changing under it", hint="Others work on that saga; repeat it.")
 
     return run
 
 
 def _checked_output(asked: str, saga_id: int, step_index: int, output: Payload) -> str:
-    check_saga_id(saga_id, asked)
-    check_step_index(step_index, asked)
+    check_step(saga_id, step_index, asked)
     return encode(output, asked, saga_id, step_index)
 
 
@@ -483,9 +479,10 @@ def _ending(
     output: str,
     statement: Callable[[Database], Statement],
 ) -> Operation[None]:
-    def attempt(db: Database) -> SagaLogError | None:
-        if db.write(statement(db), id_=saga_id, index_=step_index, output_=output, at_=db.now()) == 1:
-            return None
+    def act(db: Database) -> bool:
+        return db.write(statement(db), id_=saga_id, index_=step_index, output_=output, at_=db.now()) == 1
+
+    def explain(db: Database) -> SagaLogError | None:
         for _name, state, _cmd, output_found, _deadline in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
             if state == target and output_found == output:
                 return None
@@ -497,7 +494,7 @@ def _ending(
         _head(db, asked, saga_id)
         return StepNotFound(asked, saga_id, step_index)
 
-    return Operation(asked, Kind.WRITE, _deciding(attempt, asked, saga_id), saga_id, step_index)
+    return Operation(asked, Kind.WRITE, _deciding(act, explain), saga_id, step_index)
 
 
 def _moving(
@@ -508,11 +505,12 @@ def _moving(
     statement: Callable[[Database], Statement],
     reason: str | None,
 ) -> Operation[None]:
-    def attempt(db: Database) -> SagaLogError | None:
+    def act(db: Database) -> bool:
         if kind is Kind.LOCKED:
             lock_saga(db, asked, saga_id)
-        if db.write(statement(db), id_=saga_id, reason_=reason, at_=db.now()) == 1:
-            return None
+        return db.write(statement(db), id_=saga_id, reason_=reason, at_=db.now()) == 1
+
+    def explain(db: Database) -> SagaLogError | None:
         head = _head(db, asked, saga_id)
         if head[1] == target and (reason is None or head[4] == reason):
             return None
@@ -520,7 +518,7 @@ def _moving(
             return _saga_refused(asked, saga_id, head[1], saga_sources(target))
         return steps_in_the_way(db, asked, saga_id, target, head[1]) or _Changed()
 
-    return Operation(asked, kind, _deciding(attempt, asked, saga_id), saga_id)
+    return Operation(asked, kind, _deciding(act, explain), saga_id)
 
 
 def lock_saga(db: Database, asked: str, saga_id: int) -> None:

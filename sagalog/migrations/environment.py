@@ -93,7 +93,7 @@ def _take_lock(connection: Connection, placement: Placement, *, own: bool) -> No
             if not own:
                 return
             cursor.execute("ROLLBACK")  # a host's begin hook sent a plain BEGIN, which takes no lock
-        take_write_lock(cursor, time.sleep)
+        take_write_lock(dbapi, cursor, time.sleep)
     finally:
         cursor.close()
 
