@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, OperationalError
 
 from sagalog.errors import SagaExists, SagaLogError, StepExists, UnusableBind
 from sagalog.log.bind import (
@@ -123,7 +123,10 @@ class EngineBind:
                 return operation.run(CoreDatabase(connection, self._sql))
         # On the driver's cursor, one statement in autocommit: one round trip, and half of what Core's way there costs.
         dialect = self._engine.dialect
-        connected = self._engine.raw_connection()
+        try:
+            connected = self._engine.raw_connection()
+        except dialect.loaded_dbapi.Error as error:
+            raise OperationalError(None, None, error, hide_parameters=True) from error
         driver: Any = connected.dbapi_connection
         try:
             dialect.set_isolation_level(driver, "AUTOCOMMIT")
