@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
@@ -95,13 +95,26 @@ class GreenletBind:
         self._bind.close()
 
 
+class _Waiting:
+    """A task's write, and the future on which the task waits for it."""
+
+    __slots__ = ("decided", "future", "loop", "ticket")
+
+    def __init__(self, operation: Operation[Any], loop: asyncio.AbstractEventLoop) -> None:
+        self.ticket: Ticket[Any] = Ticket(operation)
+        self.loop = loop
+        self.future = loop.create_future()
+        self.decided = False
+
+
 class ThreadBind:
     """The file road for tasks: writes go to one worker thread, which commits once for all that wait."""
 
     def __init__(self, file: FileBind) -> None:
         self._file = file
-        self._waiting: deque[tuple[Ticket[Any], asyncio.Future[None]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._calls: SimpleQueue[str] = SimpleQueue()
+        self._called = False
         self._worker: threading.Thread | None = None
         self._lock = threading.Lock()
         self._unit_task: asyncio.Task[Any] | None = None
@@ -114,17 +127,27 @@ class ThreadBind:
         """See `AsyncBind`."""
         if operation.kind is Kind.READ:
             return await decided(asyncio.to_thread(self._file.perform, operation))
-        self._refuse_nested(operation.asked)
-        ticket: Ticket[R] = Ticket(operation)
-        done = asyncio.get_running_loop().create_future()
+        if self._unit_task is not None:
+            self._refuse_nested(operation.asked)
+        waiting = _Waiting(operation, asyncio.get_running_loop())
         with self._lock:
-            self._waiting.append((ticket, done))
+            self._waiting.append(waiting)
+            call, self._called = not self._called, True
             if self._worker is None or not self._worker.is_alive():
                 self._worker = threading.Thread(target=self._work, name="sagalog-writer", daemon=True)
                 self._worker.start()
-        self._calls.put("write")
-        await decided(done)
-        value: R = ticket.outcome()
+                call = True
+        if call:
+            self._calls.put("write")
+        try:
+            await waiting.future
+        except asyncio.CancelledError:
+            while not waiting.decided:
+                waiting.future = waiting.loop.create_future()
+                with suppress(asyncio.CancelledError):
+                    await waiting.future
+            raise
+        value: R = waiting.ticket.outcome()
         return value
 
     def _refuse_nested(self, asked: str) -> None:
@@ -137,23 +160,21 @@ class ThreadBind:
 
     def _work(self) -> None:
         while self._calls.get():
-            batch: list[tuple[Ticket[Any], asyncio.Future[None]]] = []
-            while self._waiting:
-                batch.append(self._waiting.popleft())
+            with self._lock:
+                batch = list(self._waiting)
+                self._waiting.clear()
+                self._called = False
             if not batch:
                 continue
-            tickets = [ticket for ticket, _ in batch]
             try:
-                self._file.perform_all(tickets)
+                self._file.perform_all([waiting.ticket for waiting in batch])
             except BaseException as error:
-                for ticket in tickets:
-                    ticket.error = ticket.error or error
-            for loop in {done.get_loop() for _, done in batch}:
-                futures = [done for _, done in batch if done.get_loop() is loop]
-                try:
-                    loop.call_soon_threadsafe(_wake, futures)
-                except RuntimeError:
-                    continue  # that loop is closed: nobody waits there any more
+                for waiting in batch:
+                    waiting.ticket.error = waiting.ticket.error or error
+            for loop in {waiting.loop for waiting in batch}:
+                # A loop that is closed has nobody who waits.
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(_wake, [waiting for waiting in batch if waiting.loop is loop])
 
     @asynccontextmanager
     async def unit_of_work(self) -> AsyncIterator[_AsyncHeldFile]:
@@ -185,10 +206,11 @@ class ThreadBind:
         self._unit_thread.shutdown(wait=False)
 
 
-def _wake(futures: list[asyncio.Future[None]]) -> None:
-    for future in futures:
-        if not future.done():
-            future.set_result(None)
+def _wake(batch: list[_Waiting]) -> None:
+    for waiting in batch:
+        waiting.decided = True
+        if not waiting.future.done():
+            waiting.future.set_result(None)
 
 
 class _AsyncHeldFile:
