@@ -13,7 +13,8 @@ from alembic import context
 from sqlalchemy import create_engine
 
 from sagalog.migrations.environment import options, transaction
-from sagalog.models import Base, Placement
+from sagalog.models import Base
+from sagalog.placement import Placement
 
 url = context.get_x_argument(as_dictionary=True).get("url") or os.environ.get("SAGALOG_URL") or "sqlite:///sagas.db"
 # Alembic cannot compare an index on an expression on SQLite, and says so each time; a test compares it.

@@ -1,5 +1,7 @@
 """A durable saga log for SQLAlchemy applications."""
 
+from typing import TYPE_CHECKING
+
 from sagalog.errors import (
     InvalidTransition,
     KeyConflict,
@@ -18,7 +20,6 @@ from sagalog.errors import (
     UnusableBind,
 )
 from sagalog.log.facade import AsyncSagaLog, SagaLog
-from sagalog.models import Saga, SagaAudit, SagaExecutor, SagaStep
 from sagalog.records import (
     AuditRecord,
     SagaOutcome,
@@ -29,6 +30,9 @@ from sagalog.records import (
     UnresolvedStep,
 )
 from sagalog.states import SagaState, StepState
+
+if TYPE_CHECKING:
+    from sagalog.models import Saga, SagaAudit, SagaExecutor, SagaStep
 
 __all__ = [
     "AsyncSagaLog",
@@ -62,3 +66,12 @@ __all__ = [
     "UnresolvedStep",
     "UnusableBind",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # The models are mapped when first asked for: that costs more than importing all the rest.
+    if name in ("Saga", "SagaAudit", "SagaExecutor", "SagaStep"):
+        from sagalog import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module 'sagalog' has no attribute {name!r}")

@@ -27,6 +27,7 @@ from sqlalchemy.types import TypeDecorator
 
 from sagalog.moments import from_ms, to_ms
 from sagalog.payload import decode, encode
+from sagalog.placement import Placement
 
 STORED_INTEGER = BigInteger().with_variant(Integer(), "sqlite")
 """64 bits on both: SQLite's INTEGER holds them, and only INTEGER PRIMARY KEY is the rowid."""
@@ -65,13 +66,6 @@ class JsonText(TypeDecorator[Any]):
     def process_result_value(self, value: str | None, dialect: Dialect) -> Any | None:
         """The plain JSON value."""
         return decode(value, "payload", None)
-
-
-class Placement(NamedTuple):
-    """Where the tables are: a schema (Postgres) and a prefix of every name."""
-
-    schema: str | None = None
-    prefix: str = ""
 
 
 def _index(prefix: str, name: str, *on: Any, unique: bool = False, where: str | None = None) -> Index:

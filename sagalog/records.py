@@ -17,7 +17,8 @@ T = TypeVar("T")
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    # Built when first validated: building all of them would double what importing sagalog costs.
+    model_config = ConfigDict(frozen=True, defer_build=True)
 
 
 class SagaOutcome(_Record):

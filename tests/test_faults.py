@@ -487,3 +487,59 @@ def test_a_file_without_write_permission_is_told(sqlite_path: Path) -> None:
     sqlite_path.chmod(0o400)
     with pytest.raises(LogUnavailable):
         SagaLog.open(sqlite_path).start_saga(1, "s", None)
+
+
+FULL_DISK = """
+import resource, sys, threading
+from sagalog import LogUnavailable, SagaLog
+log = SagaLog.open(sys.argv[1])
+log.start_saga(1, "s", None)
+for index in range(20):
+    log.start_step(1, index, "c", None)
+import os
+size = os.path.getsize(sys.argv[1] + "-wal")
+outcomes = {}
+inside, go_on = threading.Event(), threading.Event()
+
+def hold():
+    with log.unit_of_work():
+        inside.set()
+        go_on.wait(30)
+
+def finish(index):
+    try:
+        outcomes[index] = log.finish_step(1, index, "x" * 20_000)
+    except LogUnavailable as error:
+        outcomes[index] = error
+
+threads = [threading.Thread(target=hold)]
+threads[0].start()
+inside.wait(30)
+for index in range(20):
+    threads.append(threading.Thread(target=finish, args=(index,)))
+    threads[-1].start()
+while len(log._bind._waiting) < 20:
+    pass
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100_000, resource.RLIM_INFINITY))
+go_on.set()
+for thread in threads:
+    thread.join(60)
+told = sorted(index for index, outcome in outcomes.items() if outcome is not None)
+causes = {type(outcomes[index].__cause__).__name__ for index in told}
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+after = {step.step_index for step in log.get(1).steps if step.state == "pending"}
+print(len(outcomes), bool(told), causes, set(told) >= after, after >= set(told))
+for index in range(20):
+    log.finish_step(1, index, "x" * 20_000)
+print({step.state for step in log.get(1).steps})
+"""
+
+
+def test_a_failed_commit_is_told_to_every_caller_it_carried(sqlite_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(sqlite_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "20 True {'OperationalError'} True True"
+    assert second == "{'succeeded'}"

@@ -30,7 +30,8 @@ from sagalog import (
     migrations,
 )
 from sagalog.migrations.environment import options, scripts
-from sagalog.models import Placement, models_at
+from sagalog.models import models_at
+from sagalog.placement import Placement
 from sagalog.schema import HEAD, REVISIONS
 
 ROOT = Path(__file__).parent.parent

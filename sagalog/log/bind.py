@@ -16,7 +16,7 @@ from sagalog.errors import UnusableBind
 from sagalog.log.database import Operation
 from sagalog.log.faults import SQLITE_BUSY, sqlite_code
 from sagalog.log.statements import Statements
-from sagalog.models import Placement
+from sagalog.placement import Placement
 from sagalog.schema import VERSION_TABLE, Found, verify
 
 R = TypeVar("R")

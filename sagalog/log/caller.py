@@ -17,7 +17,6 @@ from sagalog.log.bind import in_driver_transaction, is_verified, name_of, read_f
 from sagalog.log.database import CoreDatabase, Kind, Operation
 from sagalog.log.faults import driver_error, is_fault, translate
 from sagalog.log.statements import Statements
-from sagalog.models import models_at
 
 R = TypeVar("R")
 
@@ -37,7 +36,7 @@ class CallerBind:
         self._caller = caller
         self._sql = sql
         self._sleep = sleep
-        self._models = models_at(sql.placement)
+        self._models = sql.models
 
     def _connection(self) -> Connection:
         caller = self._caller

@@ -25,7 +25,7 @@ from sagalog.log.engine import EngineBind
 from sagalog.log.faults import driver_error, translate
 from sagalog.log.file import Durability, FileBind
 from sagalog.log.statements import statements_at
-from sagalog.models import Placement
+from sagalog.placement import Placement
 from sagalog.schema import HEAD, verify
 
 if TYPE_CHECKING:

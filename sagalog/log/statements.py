@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache
 from operator import itemgetter
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from sqlalchemy import (
     BigInteger,
@@ -41,12 +41,11 @@ from sqlalchemy import (
     tuple_,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
 from sqlalchemy.types import TypeEngine
 
-from sagalog.models import Placement, models_at
 from sagalog.payload import MAX_SAGA_ID
+from sagalog.placement import Placement
 from sagalog.states import (
     CANCELLABLE,
     FINAL,
@@ -80,7 +79,20 @@ def _bind(name: str) -> Any:
 Ready: TypeAlias = tuple[str, Callable[[dict[str, Any]], Any]]
 """SQL text for a driver's cursor, and what puts named values into the form that the text wants."""
 
-SQLITE: Final[Dialect] = sqlite.dialect(paramstyle="qmark")
+
+@lru_cache(maxsize=1)
+def _sqlite_dialect() -> Dialect:
+    from sqlalchemy.dialects import sqlite
+
+    return sqlite.dialect(paramstyle="qmark")
+
+
+def _insert(into: Any) -> Any:
+    # Loaded when the statements are made: the dialect costs as much to import as the rest of sagalog. Its ON CONFLICT
+    # compiles on SQLite too.
+    from sqlalchemy.dialects.postgresql import insert
+
+    return insert(into)
 
 
 class Statement:
@@ -90,7 +102,7 @@ class Statement:
 
     def __init__(self, clause: Executable) -> None:
         self.clause = clause
-        self.sqlite = _ready(clause, SQLITE)
+        self.sqlite = _ready(clause, _sqlite_dialect())
         self._ready: dict[str, Ready] = {}
 
     def ready(self, dialect: Dialect) -> Ready:
@@ -138,7 +150,11 @@ class Statements:
     """All statements for one placement; made once and shared by every `SagaLog` there."""
 
     def __init__(self, placement: Placement) -> None:
+        # Here and not above: mapping the models costs more than importing all the rest of sagalog.
+        from sagalog.models import models_at
+
         models = models_at(placement)
+        self.models = models
         self.placement = placement
         self.saga = _plain(models.Saga)
         self.step = _plain(models.SagaStep)
@@ -180,7 +196,7 @@ class Statements:
             .where(self._this_saga, _in(states, self.saga.c.state))
             .with_for_update(key_share=True)
         )
-        return postgresql.insert(self.step).from_select(["saga_id", *values], source, include_defaults=False)
+        return _insert(self.step).from_select(["saga_id", *values], source, include_defaults=False)
 
     def _move_saga(self, target: SagaState, *by: Actor, also: ColumnElement[bool] | None = None, **values: Any) -> Any:
         outstanding = OUTSTANDING.get(target)
@@ -206,9 +222,7 @@ class Statements:
 
     @cached_property
     def start_saga(self) -> Statement:
-        return Statement(
-            postgresql.insert(self.saga).values(saga_id=_bind("id_"), **self._new_saga).on_conflict_do_nothing()
-        )
+        return Statement(_insert(self.saga).values(saga_id=_bind("id_"), **self._new_saga).on_conflict_do_nothing())
 
     @property
     def _new_saga(self) -> dict[str, Any]:
@@ -246,13 +260,15 @@ class Statements:
     def _create_saga(self, new_id: Any, source: FromClause, guard: ColumnElement[bool]) -> Statement:
         values = {**self._new_saga, "key": _bind("key_")}
         rows = select(new_id, *values.values()).select_from(source).where(guard)
-        inserted = postgresql.insert(self.saga).from_select(["saga_id", *values], rows, include_defaults=False)
+        inserted = _insert(self.saga).from_select(["saga_id", *values], rows, include_defaults=False)
         return Statement(inserted.on_conflict_do_nothing().returning(self.saga.c.saga_id))
 
     @property
     def id_sequence(self) -> str:
         """The Postgres sequence of ids, quoted and with its schema."""
-        quote = postgresql.dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
+        from sqlalchemy.dialects.postgresql import dialect
+
+        quote = dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
         name: str = quote(f"{self.placement.prefix}saga_id_seq")
         return f"{quote(self.placement.schema)}.{name}" if self.placement.schema else name
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from sqlalchemy import Connection, inspect
 
 from sagalog.errors import NotASagaLog
-from sagalog.models import Placement
+from sagalog.placement import Placement
 
 _SAGA = {
     "saga_id": ("INTEGER", True), "name": ("TEXT", True), "state": ("TEXT", True), "started_at": ("INTEGER", True),

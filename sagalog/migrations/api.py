@@ -13,7 +13,7 @@ from sagalog.log.bind import name_of
 from sagalog.log.database import Kind, Operation
 from sagalog.log.faults import driver_error, translate
 from sagalog.migrations.environment import found_in, run, transaction
-from sagalog.models import Placement
+from sagalog.placement import Placement
 from sagalog.schema import HEAD, REVISIONS, Found, is_newer, verify
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from sqlalchemy import Connection, Engine, text
 from sagalog.errors import UnusableBind
 from sagalog.log.bind import forget_verified, in_driver_transaction, name_of, read_found, take_write_lock
 from sagalog.migrations.adopt import check_shape, complete_indexes, found_tables
-from sagalog.models import Placement
+from sagalog.placement import Placement
 from sagalog.schema import BASE, VERSION_TABLE, Found
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-from sagalog.models import Placement
+from sagalog.placement import Placement
 
 
 def placement() -> Placement:
