@@ -79,6 +79,7 @@ class FileBind:
         self._sql = sql
         self._synchronous = {"full": "FULL", "normal": "NORMAL"}[durability]
         self._closed = False
+        self._leads_for_fork = False
         self._writer: sqlite3.Connection | None = None
         self._reader: sqlite3.Connection | None = None
         self._renew_locks()
@@ -437,15 +438,17 @@ class FileBind:
 
     def before_fork(self) -> None:
         """Wait until no thread is inside the log."""
+        self._leads_for_fork = False
         if self._unit_owner != threading.get_ident():
+            # Whoever holds the log for too long is not waited for: the child opens its own connection in any case.
             with contextlib.suppress(SagaLogError):
-                self._lead(None)
+                self._leads_for_fork = self._lead(None)
         self._read_lock.acquire()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
         self._read_lock.release()
-        if self._unit_owner != threading.get_ident() and not self._closed:
+        if self._leads_for_fork:
             self._hand_over()
 
     def after_fork_in_child(self) -> None:
@@ -520,8 +523,9 @@ def _after_fork(name: str) -> None:
     _forking.clear()
 
 
-os.register_at_fork(
-    before=_before_fork,
-    after_in_parent=lambda: _after_fork("after_fork_in_parent"),
-    after_in_child=lambda: _after_fork("after_fork_in_child"),
-)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=lambda: _after_fork("after_fork_in_parent"),
+        after_in_child=lambda: _after_fork("after_fork_in_child"),
+    )
