@@ -118,26 +118,31 @@ class EngineBind:
         raise self._told(error, operation, committing=committing)
 
     def _on_postgres(self, operation: Operation[R]) -> R:
-        if operation.kind not in _SINGLE:
-            with self._transacting.begin() as connection:
-                return operation.run(CoreDatabase(connection, self._sql))
-        # On the driver's cursor, one statement in autocommit: one round trip, and half of what Core's way there costs.
+        # On the driver's cursor, in autocommit: one statement is one round trip, and Core's way there costs twice that.
         dialect = self._engine.dialect
         try:
             connected = self._engine.raw_connection()
         except dialect.loaded_dbapi.Error as error:
             raise OperationalError(None, None, error, hide_parameters=True) from error
         driver: Any = connected.dbapi_connection
+        transacting = operation.kind not in _SINGLE
+        refusal: SagaLogError | None = None
         try:
-            dialect.set_isolation_level(driver, "AUTOCOMMIT")
+            was_autocommit = driver.autocommit
+            driver.autocommit = True
             cursor = connected.cursor()
-            result = operation.run(PostgresCursorDatabase(cursor, self._sql, dialect))
+            try:
+                if transacting:
+                    cursor.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
+                result = operation.run(PostgresCursorDatabase(cursor, self._sql, dialect))
+                if transacting:
+                    cursor.execute("COMMIT")
+            except SagaLogError as error:
+                if transacting:
+                    cursor.execute("ROLLBACK")
+                refusal = error
             cursor.close()
-            dialect.reset_isolation_level(driver)
-        except SagaLogError:
-            cursor.close()
-            dialect.reset_isolation_level(driver)
-            raise
+            driver.autocommit = was_autocommit
         except Exception as error:
             lost = dialect.is_disconnect(error, driver, None)  # type: ignore[arg-type]
             if lost:
@@ -151,6 +156,8 @@ class EngineBind:
             raise
         finally:
             connected.close()
+        if refusal is not None:
+            raise refusal
         return result
 
     def _on_sqlite_cursor(self, operation: Operation[R]) -> R:
