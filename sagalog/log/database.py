@@ -39,26 +39,42 @@ class Operation(Generic[R]):
     Attributes:
         asked: The operation's public name, for messages.
         kind: What it needs of its transaction.
-        run: Does it.
         saga_id: The saga concerned, or None.
         step_index: The step concerned, or None.
     """
 
-    __slots__ = ("asked", "kind", "run", "saga_id", "step_index")
+    __slots__ = ("asked", "kind", "saga_id", "step_index")
+
+    def __init__(self, asked: str, kind: Kind, saga_id: int | None, step_index: int | None) -> None:
+        self.asked = asked
+        self.kind = kind
+        self.saga_id = saga_id
+        self.step_index = step_index
+
+    def run(self, db: Database) -> R:
+        """Do it; it may be run again after its transaction was rolled back."""
+        raise NotImplementedError
+
+
+class Call(Operation[R]):
+    """An operation that is a function of the database."""
+
+    __slots__ = ("_work",)
 
     def __init__(
         self,
         asked: str,
         kind: Kind,
-        run: Callable[[Database], R],
+        work: Callable[[Database], R],
         saga_id: int | None = None,
         step_index: int | None = None,
     ) -> None:
-        self.asked = asked
-        self.kind = kind
-        self.run = run
-        self.saga_id = saga_id
-        self.step_index = step_index
+        super().__init__(asked, kind, saga_id, step_index)
+        self._work = work
+
+    def run(self, db: Database) -> R:
+        """See `Operation`."""
+        return self._work(db)
 
 
 class Database(Protocol):
@@ -68,7 +84,7 @@ class Database(Protocol):
     on_postgres: bool
     writes: int
 
-    def write(self, statement: Statement, **values: Any) -> int:
+    def write(self, statement: Statement, values: dict[str, Any]) -> int:
         """Run a guarded write; the number of rows that it changed."""
         ...
 
@@ -90,7 +106,7 @@ class CoreDatabase:
         self.writes = 0
         self._execute = connection.execute
 
-    def write(self, statement: Statement, **values: Any) -> int:
+    def write(self, statement: Statement, values: dict[str, Any]) -> int:
         """See `Database`."""
         changed = self._execute(statement.clause, values, execution_options=_ROWCOUNT).rowcount
         self.writes += changed
@@ -117,7 +133,7 @@ class CursorDatabase:
         self.writes = 0
         self._cursor = cursor
 
-    def write(self, statement: Statement, **values: Any) -> int:
+    def write(self, statement: Statement, values: dict[str, Any]) -> int:
         """See `Database`."""
         text, order = statement.sqlite
         cursor = self._cursor
@@ -145,7 +161,7 @@ class PostgresCursorDatabase(CursorDatabase):
         super().__init__(cursor, sql)
         self._dialect = dialect
 
-    def write(self, statement: Statement, **values: Any) -> int:
+    def write(self, statement: Statement, values: dict[str, Any]) -> int:
         """See `Database`."""
         text, order = statement.ready(self._dialect)
         self._cursor.execute(text, order(values))

@@ -26,7 +26,7 @@ from sagalog.log.bind import (
     take_write_lock,
     verify_once,
 )
-from sagalog.log.database import CoreDatabase, CursorDatabase, Database, Kind, Operation, PostgresCursorDatabase
+from sagalog.log.database import Call, CoreDatabase, CursorDatabase, Database, Kind, Operation, PostgresCursorDatabase
 from sagalog.log.faults import SQLITE_IOERR, driver_error, is_disconnect, is_fault, sqlite_code, translate, was_sent
 from sagalog.log.statements import Statements
 from sagalog.schema import Found
@@ -170,7 +170,7 @@ class EngineBind:
     @contextmanager
     def unit_of_work(self) -> Iterator[_HeldBind]:
         """One transaction for several operations; committed at the end, rolled back by an exception."""
-        operation: Operation[None] = Operation("unit_of_work", Kind.SEVERAL, lambda database: None)
+        operation: Operation[None] = Call("unit_of_work", Kind.SEVERAL, lambda database: None)
         if self._closed:
             raise refuse_finished(operation.asked)
         if not is_verified(self._engine.dialect, self._sql.placement):

@@ -20,7 +20,7 @@ from sagalog.errors import UnusableBind
 from sagalog.log import operating, pruning, reading, writing
 from sagalog.log.bind import Bind, read_found
 from sagalog.log.caller import CallerBind
-from sagalog.log.database import Kind, Operation
+from sagalog.log.database import Call, Kind, Operation
 from sagalog.log.engine import EngineBind
 from sagalog.log.faults import driver_error, translate
 from sagalog.log.file import Durability, FileBind
@@ -377,7 +377,7 @@ def _checked(durability: str) -> Durability:
     raise UnusableBind("open", f"durability {durability!r}", hint='Use "full" or "normal".')
 
 
-_OPENING: Operation[None] = Operation("open", Kind.READ, lambda database: None)
+_OPENING: Operation[None] = Call("open", Kind.READ, lambda database: None)
 
 
 def _prepare(engine: Engine, *, migrate: bool, name: str) -> None:

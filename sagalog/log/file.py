@@ -23,7 +23,7 @@ from weakref import WeakSet
 
 from sagalog.errors import LogUnavailable, SagaLogError, UnusableBind
 from sagalog.log.bind import begin_immediate, refuse_finished, retry_while_busy
-from sagalog.log.database import CursorDatabase, Kind, Operation
+from sagalog.log.database import Call, CursorDatabase, Kind, Operation
 from sagalog.log.faults import SQLITE_BUSY, is_fault, sqlite_code, translate
 from sagalog.log.statements import Statements
 
@@ -143,10 +143,12 @@ class FileBind:
         """Run one operation; a write is durable when this returns."""
         if operation.kind is Kind.READ and self._path is not None:
             return self._read(operation)
-        with self._mutex:
-            leads = not self._leading and not self._closed
-            if leads:
-                self._leading = True
+        mutex = self._mutex
+        mutex.acquire()
+        leads = not self._leading and not self._closed
+        if leads:
+            self._leading = True
+        mutex.release()
         if not leads:
             ticket: Ticket[R] = Ticket(operation)
             if not self._lead(ticket):
@@ -382,7 +384,7 @@ class FileBind:
             owner: The thread in which another operation of this log would wait for itself.
         """
         self._lead(None)
-        operation: Operation[None] = Operation("unit_of_work", Kind.SEVERAL, lambda database: None)
+        operation: Operation[None] = Call("unit_of_work", Kind.SEVERAL, lambda database: None)
         try:
             database = self._database if self._writer is not None else self._open_database()
             begin_immediate(database._cursor.execute, BUSY_TIMEOUT_MS / 1000, time.sleep)

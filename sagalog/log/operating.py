@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sagalog.errors import InvalidTransition, LogUnavailable, PayloadError, SagaNotFound, StepNotFound
-from sagalog.log.database import Database, Kind, Operation
+from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.writing import lock_saga, steps_in_the_way
 from sagalog.payload import check_saga_id, check_step, check_text, encode
 from sagalog.states import OUTSTANDING, Actor, SagaState, StepState, saga_sources, step_sources
@@ -33,7 +33,7 @@ def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[Non
     def run(db: Database) -> None:
         if target in OUTSTANDING:
             lock_saga(db, asked, saga_id)
-        if db.write(db.sql.resolve(target), id_=saga_id, at_=db.now()) == 1:
+        if db.write(db.sql.resolve(target), {"id_": saga_id, "at_": db.now()}) == 1:
             before = SagaState.FAILED_COMPENSATION
             _write_audit(db, asked, saga_id, None, note, actor, before, target)
             return
@@ -54,7 +54,7 @@ def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[Non
         refusal = steps_in_the_way(db, asked, saga_id, target, found)
         raise refusal or LogUnavailable(asked, "it changed meanwhile", saga_id=saga_id, hint="Repeat it.")
 
-    return Operation(asked, Kind.SEVERAL, run, saga_id)
+    return Call(asked, Kind.SEVERAL, run, saga_id)
 
 
 def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor: str) -> Operation[None]:
@@ -83,9 +83,10 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
     def run(db: Database) -> None:
         rows = db.fetch(db.sql.step_row, id_=saga_id, index_=step_index)
         now = db.now()
-        done = db.write(db.sql.resolve_step(target), id_=saga_id, index_=step_index, output_=output, at_=now)
+        values = {"id_": saga_id, "index_": step_index, "output_": output, "at_": now}
+        done = db.write(db.sql.resolve_step(target), values)
         if done == 1:
-            db.write(db.sql.raise_epoch, id_=saga_id)
+            db.write(db.sql.raise_epoch, {"id_": saga_id})
             _write_audit(db, asked, saga_id, step_index, note, actor, rows[0][1], target)
             return
         head = db.fetch(db.sql.saga_head, id_=saga_id)
@@ -106,7 +107,7 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
             asked, problem, saga_id=saga_id, step_index=step_index, found=found, hint="get() shows the saga."
         )
 
-    return Operation(asked, Kind.SEVERAL, run, saga_id, step_index)
+    return Call(asked, Kind.SEVERAL, run, saga_id, step_index)
 
 
 def _chosen(state: str, allowed: tuple[str, ...], asked: str, saga_id: int) -> str:
@@ -129,17 +130,17 @@ def _check_signed(note: str, actor: str, asked: str, saga_id: int) -> None:
 def _write_audit(
     db: Database, action: str, saga_id: int, step_index: int | None, note: str, actor: str, before: str, after: str
 ) -> None:
-    db.write(
-        db.sql.write_audit,
-        id_=saga_id,
-        index_=step_index,
-        action_=action,
-        actor_=actor,
-        note_=note,
-        at_=db.now(),
-        state_before_=str(before),
-        state_after_=str(after),
-    )
+    values = {
+        "id_": saga_id,
+        "index_": step_index,
+        "action_": action,
+        "actor_": actor,
+        "note_": note,
+        "at_": db.now(),
+        "state_before_": str(before),
+        "state_after_": str(after),
+    }
+    db.write(db.sql.write_audit, values)
 
 
 def _made_before(

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Final
 
 from sagalog.errors import PayloadError
-from sagalog.log.database import Database, Kind, Operation
+from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.payload import MAX_SAGA_ID, check_integer
 
 BATCH: Final = 200
@@ -30,8 +30,8 @@ def prune_batch(*, keep_last: int = 1000, older_than: timedelta = timedelta(days
             doomed = db.fetch(db.sql.prunable, until_=cutoff, at_=moment, id_=saga_id, limit_=BATCH)
             for row in doomed:
                 for statement in db.sql.delete_saga:
-                    db.write(statement, id_=row[0])
+                    db.write(statement, {"id_": row[0]})
             return len(doomed)
         return 0
 
-    return Operation(asked, Kind.SEVERAL, run)
+    return Call(asked, Kind.SEVERAL, run)

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from sagalog.errors import PayloadError, SagaNotFound
-from sagalog.log.database import Database, Kind, Operation, Rows
+from sagalog.log.database import Call, Database, Kind, Operation, Rows
 from sagalog.moments import from_ms, to_ms
 from sagalog.payload import MAX_SAGA_ID, check_integer, check_saga_id, check_text
 from sagalog.records import (
@@ -37,7 +37,7 @@ def max_saga_id() -> Operation[int]:
         highest: int = db.fetch(db.sql.max_saga_id)[0][0]
         return highest
 
-    return Operation("max_saga_id", Kind.READ, run)
+    return Call("max_saga_id", Kind.READ, run)
 
 
 def next_step_index(saga_id: int) -> Operation[int]:
@@ -55,7 +55,7 @@ def next_step_index(saga_id: int) -> Operation[int]:
         following: int = db.fetch(db.sql.next_step_index, id_=saga_id)[0][0]
         return following
 
-    return Operation("next_step_index", Kind.READ, run, saga_id)
+    return Call("next_step_index", Kind.READ, run, saga_id)
 
 
 def get(saga_id: int) -> Operation[SagaRecord]:
@@ -77,7 +77,7 @@ def get(saga_id: int) -> Operation[SagaRecord]:
             return record
         raise SagaNotFound("get", saga_id)
 
-    return Operation("get", Kind.READ, run, saga_id)
+    return Call("get", Kind.READ, run, saga_id)
 
 
 def unresolved_sagas(*, limit: int | None = None) -> Operation[list[UnresolvedSaga]]:
@@ -96,7 +96,7 @@ def unresolved_sagas(*, limit: int | None = None) -> Operation[list[UnresolvedSa
         rows = db.fetch(statement) if limit is None else db.fetch(statement, limit_=limit)
         return list(_with_steps(db, rows, UnresolvedSaga, UnresolvedStep))
 
-    return Operation("unresolved_sagas", Kind.READ, run)
+    return Call("unresolved_sagas", Kind.READ, run)
 
 
 def snapshot_recent(limit: int) -> Operation[list[SagaSnapshot]]:
@@ -113,7 +113,7 @@ def snapshot_recent(limit: int) -> Operation[list[SagaSnapshot]]:
     def run(db: Database) -> list[SagaSnapshot]:
         return _snapshots(db, db.fetch(db.sql.snapshot_recent, limit_=limit))
 
-    return Operation("snapshot_recent", Kind.READ, run)
+    return Call("snapshot_recent", Kind.READ, run)
 
 
 def find(
@@ -169,7 +169,7 @@ def find(
             given["at_"] = db.now() - open_longer_than // timedelta(milliseconds=1)
         return _snapshots(db, db.fetch(db.sql.find(present, state), **given, limit_=limit))
 
-    return Operation(asked, Kind.READ, run)
+    return Call(asked, Kind.READ, run)
 
 
 def counts() -> Operation[dict[str, int]]:
@@ -178,7 +178,7 @@ def counts() -> Operation[dict[str, int]]:
     def run(db: Database) -> dict[str, int]:
         return {row[0]: row[1] for row in db.fetch(db.sql.counts)}
 
-    return Operation("counts", Kind.READ, run)
+    return Call("counts", Kind.READ, run)
 
 
 def audit(saga_id: int) -> Operation[list[AuditRecord]]:
@@ -193,7 +193,7 @@ def audit(saga_id: int) -> Operation[list[AuditRecord]]:
         rows = db.fetch(db.sql.audit, id_=saga_id)
         return [build(AuditRecord, _fields(db.sql.audit_fields, row)) for row in rows]
 
-    return Operation("audit", Kind.READ, run, saga_id)
+    return Call("audit", Kind.READ, run, saga_id)
 
 
 def _check_limit(limit: int | None, asked: str) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
 
 from sagalog.errors import (
     InvalidTransition,
@@ -21,9 +23,10 @@ from sagalog.errors import (
     StepExists,
     StepNotFound,
     UnusableBind,
+    where,
 )
-from sagalog.log.database import Database, Kind, Operation
-from sagalog.log.statements import Statement
+from sagalog.log.database import Call, Database, Kind, Operation
+from sagalog.log.statements import Statement, Statements
 from sagalog.payload import (
     MAX_SAGA_ID,
     Payload,
@@ -54,6 +57,71 @@ def _new_token() -> str:
     return secrets.token_hex(16)
 
 
+class Decided(Operation[None]):
+    """A guarded write that decides by itself, and what explains it when it changed nothing.
+
+    The explaining SELECT may see a state that another process made after the
+    write was refused, in which it would be allowed: then it is tried again.
+    """
+
+    __slots__ = ("_explain", "_statement", "_values")
+
+    def __init__(
+        self,
+        asked: str,
+        kind: Kind,
+        statement: Callable[[Statements], Statement],
+        values: dict[str, Any],
+        explain: Callable[[Database], SagaLogError | None],
+        saga_id: int,
+        step_index: int | None = None,
+    ) -> None:
+        self.asked = asked
+        self.kind = kind
+        self.saga_id: int = saga_id
+        self.step_index = step_index
+        self._statement = statement
+        self._values = values
+        self._explain = explain
+
+    def run(self, db: Database) -> None:
+        """Act; if nothing was changed, it was made before, or is refused."""
+        if self._acted(db):
+            return
+        for _ in range(_TRIES):
+            refusal = self._explain(db)
+            if refusal is None:
+                return
+            if not isinstance(refusal, _Changed):
+                raise refusal
+            if self._acted(db):
+                return
+        raise LogUnavailable(
+            f"{self.asked} of {where(self.saga_id, self.step_index)}",
+            "the row kept changing under it",
+            saga_id=self.saga_id,
+            step_index=self.step_index,
+            hint="Other processes work on the same saga; repeat it.",
+        )
+
+    def _acted(self, db: Database) -> bool:
+        if self.kind is Kind.LOCKED:
+            lock_saga(db, self.asked, self.saga_id)
+        self._values["at_"] = db.now()
+        return db.write(self._statement(db.sql), self._values) == 1
+
+
+_start_step = attrgetter("start_step")
+_finish_step = attrgetter("finish_step")
+_fail_step = attrgetter("fail_step")
+_compensate_step = attrgetter("compensate_step")
+_append_recovery_step = attrgetter("append_recovery_step")
+_mark_step_compensated = attrgetter("mark_step_compensated")
+_mark_compensating = attrgetter("mark_compensating")
+_mark_failed_compensation = attrgetter("mark_failed_compensation")
+_request_cancel = attrgetter("request_cancel")
+
+
 class _Changed(SagaLogError):
     """The row changed between the write and the look at it."""
 
@@ -82,7 +150,8 @@ def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
     token = _new_token()
 
     def run(db: Database) -> None:
-        if db.write(db.sql.start_saga, id_=saga_id, name_=name, input_=text, token_=token, at_=db.now()) == 1:
+        values = {"id_": saga_id, "name_": name, "input_": text, "token_": token, "at_": db.now()}
+        if db.write(db.sql.start_saga, values) == 1:
             return
         rows = db.fetch(db.sql.saga_head, id_=saga_id)
         if not rows:
@@ -90,7 +159,7 @@ def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
         head = rows[0]
         raise SagaExists(saga_id, found=head[1], identical=head[0] == name and head[3] == text)
 
-    return Operation(asked, Kind.INSERT, run, saga_id)
+    return Call(asked, Kind.INSERT, run, saga_id)
 
 
 def create_saga(name: str, input: Payload, *, key: str | None = None) -> Operation[int]:
@@ -143,7 +212,7 @@ def create_saga(name: str, input: Payload, *, key: str | None = None) -> Operati
                 db.fetch(db.sql.catch_up_ids)
         raise LogUnavailable(asked, "other processes took every id it drew", hint="Repeat it.")
 
-    return Operation(asked, Kind.INSERT, run)
+    return Call(asked, Kind.INSERT, run)
 
 
 def start_step(saga_id: int, step_index: int, name: str, cmd: Payload) -> Operation[None]:
@@ -166,8 +235,7 @@ def start_step(saga_id: int, step_index: int, name: str, cmd: Payload) -> Operat
     check_text(name, "name", asked, saga_id, step_index)
     text = encode(cmd, asked, saga_id, step_index)
 
-    def act(db: Database) -> bool:
-        return db.write(db.sql.start_step, id_=saga_id, index_=step_index, name_=name, cmd_=text, at_=db.now()) == 1
+    values = {"id_": saga_id, "index_": step_index, "name_": name, "cmd_": text}
 
     def explain(db: Database) -> SagaLogError | None:
         for name_found, state, cmd_found, *_ in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
@@ -175,7 +243,7 @@ def start_step(saga_id: int, step_index: int, name: str, cmd: Payload) -> Operat
             return StepExists(asked, saga_id, step_index, found=state, identical=same)
         return _refused_by_saga(db, asked, saga_id, step_index, OPEN_FOR_STEPS)
 
-    return Operation(asked, Kind.INSERT, _deciding(act, explain), saga_id, step_index)
+    return Decided(asked, Kind.INSERT, _start_step, values, explain, saga_id, step_index)
 
 
 def finish_step(saga_id: int, step_index: int, output_events: Payload) -> Operation[None]:
@@ -196,7 +264,7 @@ def finish_step(saga_id: int, step_index: int, output_events: Payload) -> Operat
         InvalidTransition: It failed, was compensated, or has other events.
     """
     text = _checked_output("finish_step", saga_id, step_index, output_events)
-    return _ending("finish_step", saga_id, step_index, StepState.SUCCEEDED, text, lambda db: db.sql.finish_step)
+    return _ending("finish_step", saga_id, step_index, StepState.SUCCEEDED, text, _finish_step)
 
 
 def fail_step(saga_id: int, step_index: int, reason: str) -> Operation[None]:
@@ -213,7 +281,7 @@ def fail_step(saga_id: int, step_index: int, reason: str) -> Operation[None]:
         InvalidTransition: It succeeded, was compensated, or failed for another reason.
     """
     text = _checked_output("fail_step", saga_id, step_index, {"error": printable(reason)})
-    return _ending("fail_step", saga_id, step_index, StepState.FAILED, text, lambda db: db.sql.fail_step)
+    return _ending("fail_step", saga_id, step_index, StepState.FAILED, text, _fail_step)
 
 
 def compensate_step(saga_id: int, step_index: int, output_events: Payload) -> Operation[None]:
@@ -234,8 +302,7 @@ def compensate_step(saga_id: int, step_index: int, output_events: Payload) -> Op
     asked = "compensate_step"
     text = _checked_output(asked, saga_id, step_index, output_events)
 
-    def act(db: Database) -> bool:
-        return db.write(db.sql.compensate_step, id_=saga_id, index_=step_index, output_=text, at_=db.now()) == 1
+    values = {"id_": saga_id, "index_": step_index, "output_": text}
 
     def explain(db: Database) -> SagaLogError | None:
         for _name, state, _cmd, output, _deadline in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
@@ -245,7 +312,7 @@ def compensate_step(saga_id: int, step_index: int, output_events: Payload) -> Op
                 return _step_refused(asked, saga_id, step_index, StepState.COMPENSATED, state)
         return _refused_by_saga(db, asked, saga_id, step_index, NOT_FINAL)
 
-    return Operation(asked, Kind.WRITE, _deciding(act, explain), saga_id, step_index)
+    return Decided(asked, Kind.WRITE, _compensate_step, values, explain, saga_id, step_index)
 
 
 def append_recovery_step(
@@ -275,8 +342,7 @@ def append_recovery_step(
     state = StepState.COMPENSATED if error is None else StepState.FAILED
     values = {"id_": saga_id, "index_": step_index, "name_": name, "state_": state.value, "cmd_": cmd_text}
 
-    def act(db: Database) -> bool:
-        return db.write(db.sql.append_recovery_step, **values, output_=output, at_=db.now()) == 1
+    values["output_"] = output
 
     def explain(db: Database) -> SagaLogError | None:
         for name_found, found, cmd_found, output_found, _ in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
@@ -284,7 +350,7 @@ def append_recovery_step(
             return StepExists(asked, saga_id, step_index, found=found, identical=same)
         return _refused_by_saga(db, asked, saga_id, step_index, NOT_FINAL)
 
-    return Operation(asked, Kind.INSERT, _deciding(act, explain), saga_id, step_index)
+    return Decided(asked, Kind.INSERT, _append_recovery_step, values, explain, saga_id, step_index)
 
 
 def mark_step_compensated(saga_id: int, step_index: int) -> Operation[None]:
@@ -302,8 +368,7 @@ def mark_step_compensated(saga_id: int, step_index: int) -> Operation[None]:
     asked = "mark_step_compensated"
     check_step(saga_id, step_index, asked)
 
-    def act(db: Database) -> bool:
-        return db.write(db.sql.mark_step_compensated, id_=saga_id, index_=step_index, at_=db.now()) == 1
+    values = {"id_": saga_id, "index_": step_index}
 
     def explain(db: Database) -> SagaLogError | None:
         rows = db.fetch(db.sql.step_row, id_=saga_id, index_=step_index)
@@ -314,7 +379,7 @@ def mark_step_compensated(saga_id: int, step_index: int) -> Operation[None]:
         refusal = _refused_by_saga(db, asked, saga_id, step_index, NOT_FINAL)
         return StepNotFound(asked, saga_id, step_index) if isinstance(refusal, _Changed) and not rows else refusal
 
-    return Operation(asked, Kind.WRITE, _deciding(act, explain), saga_id, step_index)
+    return Decided(asked, Kind.WRITE, _mark_step_compensated, values, explain, saga_id, step_index)
 
 
 def mark_all_succeeded_steps_compensated(saga_id: int) -> Operation[int]:
@@ -334,7 +399,7 @@ def mark_all_succeeded_steps_compensated(saga_id: int) -> Operation[int]:
     check_saga_id(saga_id, asked)
 
     def run(db: Database) -> int:
-        marked = db.write(db.sql.mark_all_succeeded_steps_compensated, id_=saga_id, at_=db.now())
+        marked = db.write(db.sql.mark_all_succeeded_steps_compensated, {"id_": saga_id, "at_": db.now()})
         if marked == 0:
             head = _head(db, asked, saga_id)
             succeeded = [i for i, s in db.fetch(db.sql.outstanding_steps, id_=saga_id) if s == StepState.SUCCEEDED]
@@ -342,7 +407,7 @@ def mark_all_succeeded_steps_compensated(saga_id: int) -> Operation[int]:
                 raise _saga_refused(asked, saga_id, head[1], NOT_FINAL)
         return marked
 
-    return Operation(asked, Kind.WRITE, run, saga_id)
+    return Call(asked, Kind.WRITE, run, saga_id)
 
 
 def mark_compensating(saga_id: int) -> Operation[None]:
@@ -357,7 +422,7 @@ def mark_compensating(saga_id: int) -> Operation[None]:
     """
     asked = "mark_compensating"
     check_saga_id(saga_id, asked)
-    return _moving(asked, saga_id, SagaState.COMPENSATING, Kind.WRITE, lambda db: db.sql.mark_compensating, None)
+    return _moving(asked, saga_id, SagaState.COMPENSATING, Kind.WRITE, _mark_compensating, None)
 
 
 def mark_failed_compensation(saga_id: int, reason: str) -> Operation[None]:
@@ -375,7 +440,7 @@ def mark_failed_compensation(saga_id: int, reason: str) -> Operation[None]:
     check_saga_id(saga_id, asked)
     target = SagaState.FAILED_COMPENSATION
     text = printable(reason)
-    return _moving(asked, saga_id, target, Kind.WRITE, lambda db: db.sql.mark_failed_compensation, text)
+    return _moving(asked, saga_id, target, Kind.WRITE, _mark_failed_compensation, text)
 
 
 def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
@@ -405,7 +470,7 @@ def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
     target = SagaState(outcome.state)
     reason = None if outcome.reason is None else printable(outcome.reason)
     kind = Kind.LOCKED if target in OUTSTANDING else Kind.WRITE
-    return _moving(asked, saga_id, target, kind, lambda db: db.sql.terminate(target), reason)
+    return _moving(asked, saga_id, target, kind, lambda sql: sql.terminate(target), reason)
 
 
 def request_cancel(saga_id: int, reason: str) -> Operation[None]:
@@ -423,8 +488,7 @@ def request_cancel(saga_id: int, reason: str) -> Operation[None]:
     check_saga_id(saga_id, asked)
     text = printable(reason)
 
-    def act(db: Database) -> bool:
-        return db.write(db.sql.request_cancel, id_=saga_id, reason_=text, at_=db.now()) == 1
+    values = {"id_": saga_id, "reason_": text}
 
     def explain(db: Database) -> SagaLogError | None:
         head = _head(db, asked, saga_id)
@@ -435,35 +499,10 @@ def request_cancel(saga_id: int, reason: str) -> Operation[None]:
             return InvalidTransition(asked, problem, saga_id=saga_id, found=head[1], hint="Nothing more is needed.")
         return _refused_by_saga(db, asked, saga_id, None, CANCELLABLE)
 
-    return Operation(asked, Kind.WRITE, _deciding(act, explain), saga_id)
+    return Decided(asked, Kind.WRITE, _request_cancel, values, explain, saga_id)
 
 
 # What the operations share
-
-
-def _deciding(
-    act: Callable[[Database], bool], explain: Callable[[Database], SagaLogError | None]
-) -> Callable[[Database], None]:
-    """Act; if nothing was changed, it was made before (None), or is refused.
-
-    The explaining SELECT may see a state that another process made after the
-    write was refused, in which it would be allowed: then it is tried again.
-    """
-
-    def run(db: Database) -> None:
-        if act(db):
-            return
-        for _ in range(_TRIES):
-            refusal = explain(db)
-            if refusal is None:
-                return
-            if not isinstance(refusal, _Changed):
-                raise refusal
-            if act(db):
-                return
-        raise LogUnavailable("the write", "the row kept changing under it", hint="Others work on that saga; repeat it.")
-
-    return run
 
 
 def _checked_output(asked: str, saga_id: int, step_index: int, output: Payload) -> str:
@@ -477,24 +516,20 @@ def _ending(
     step_index: int,
     target: StepState,
     output: str,
-    statement: Callable[[Database], Statement],
+    statement: Callable[[Statements], Statement],
 ) -> Operation[None]:
-    def act(db: Database) -> bool:
-        return db.write(statement(db), id_=saga_id, index_=step_index, output_=output, at_=db.now()) == 1
-
     def explain(db: Database) -> SagaLogError | None:
         for _name, state, _cmd, output_found, _deadline in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
             if state == target and output_found == output:
                 return None
-            return (
-                _Changed()
-                if state in step_sources(target)
-                else _step_refused(asked, saga_id, step_index, target, state)
-            )
+            if state in step_sources(target):
+                return _Changed()
+            return _step_refused(asked, saga_id, step_index, target, state)
         _head(db, asked, saga_id)
         return StepNotFound(asked, saga_id, step_index)
 
-    return Operation(asked, Kind.WRITE, _deciding(act, explain), saga_id, step_index)
+    values = {"id_": saga_id, "index_": step_index, "output_": output}
+    return Decided(asked, Kind.WRITE, statement, values, explain, saga_id, step_index)
 
 
 def _moving(
@@ -502,14 +537,9 @@ def _moving(
     saga_id: int,
     target: SagaState,
     kind: Kind,
-    statement: Callable[[Database], Statement],
+    statement: Callable[[Statements], Statement],
     reason: str | None,
 ) -> Operation[None]:
-    def act(db: Database) -> bool:
-        if kind is Kind.LOCKED:
-            lock_saga(db, asked, saga_id)
-        return db.write(statement(db), id_=saga_id, reason_=reason, at_=db.now()) == 1
-
     def explain(db: Database) -> SagaLogError | None:
         head = _head(db, asked, saga_id)
         if head[1] == target and (reason is None or head[4] == reason):
@@ -518,7 +548,7 @@ def _moving(
             return _saga_refused(asked, saga_id, head[1], saga_sources(target))
         return steps_in_the_way(db, asked, saga_id, target, head[1]) or _Changed()
 
-    return Operation(asked, kind, _deciding(act, explain), saga_id)
+    return Decided(asked, kind, statement, {"id_": saga_id, "reason_": reason}, explain, saga_id)
 
 
 def lock_saga(db: Database, asked: str, saga_id: int) -> None:

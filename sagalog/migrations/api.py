@@ -10,7 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from sagalog.errors import SchemaTooNew
 from sagalog.log.bind import name_of
-from sagalog.log.database import Kind, Operation
+from sagalog.log.database import Call, Kind, Operation
 from sagalog.log.faults import driver_error, translate
 from sagalog.migrations.environment import found_in, run, transaction
 from sagalog.placement import Placement
@@ -45,7 +45,7 @@ def _told(work: Callable[Concatenate[Engine | Connection, P], R], bind: Any, *ar
     try:
         return work(bind, *args, **kwargs)
     except (SQLAlchemyError, OSError) as error:
-        asked: Operation[None] = Operation("migrating", Kind.SEVERAL, lambda database: None)
+        asked: Operation[None] = Call("migrating", Kind.SEVERAL, lambda database: None)
         engine: Engine = bind.engine
         raise translate(error, asked, name_of(engine), committing=False) from driver_error(error)
 
