@@ -31,6 +31,7 @@ R = TypeVar("R")
 Durability: TypeAlias = Literal["full", "normal"]
 BUSY_TIMEOUT_MS = 5000
 _LARGEST_BATCH = 1000
+_MOMENTS = 20
 _JOURNAL_LIMIT = 64 * 1024 * 1024
 
 
@@ -94,6 +95,7 @@ class FileBind:
         self._leading = False
         self._unit_owner: int | None = None
         self._waiting: deque[Ticket[Any]] = deque()
+        self._company = 1
         self._read_lock = threading.Lock()
 
     # Connections
@@ -154,7 +156,10 @@ class FileBind:
             if not self._lead(ticket):
                 return ticket.outcome()  # type: ignore[no-any-return]
         try:
+            if self._company > 1:
+                self._let_others_come()
             if not self._waiting:
+                self._company = 1
                 if self._writer is None or operation.kind is Kind.SEVERAL:
                     return self._alone(operation)
                 try:
@@ -162,10 +167,20 @@ class FileBind:
                 except sqlite3.Error as error:
                     return self._alone(operation, error)
             own: Ticket[R] = Ticket(operation)
-            self._commit_together([own, *self._take_waiting()])
+            batch = [own, *self._take_waiting()]
+            self._company = len(batch)
+            self._commit_together(batch)
         finally:
             self._hand_over()
         return own.outcome()  # type: ignore[no-any-return]
+
+    def _let_others_come(self) -> None:
+        # Those whose writes the last commit carried are about to come with their next: without a moment's wait this
+        # caller would commit alone, and they would wait for that.
+        for _ in range(_MOMENTS):
+            if len(self._waiting) >= self._company - 1:
+                return
+            time.sleep(0)
 
     def perform_all(self, tickets: Sequence[Ticket[Any]]) -> None:
         """Run the operations of several callers, with shared commits; each ticket then holds its outcome."""
