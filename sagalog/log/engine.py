@@ -71,7 +71,13 @@ class EngineBind:
         """The database's name for messages."""
         return name_of(self._engine)
 
-    def _verify(self, operation: Operation[Any]) -> None:
+    def _admit(self, operation: Operation[Any]) -> None:
+        """Refuse on a closed log, and on a schema that this library cannot work on."""
+        if self._closed:
+            raise refuse_finished(operation.asked)
+        if is_verified(self._engine.dialect, self._sql.placement):
+            return
+
         def look() -> Found:
             with self._engine.connect() as connection:
                 return read_found(connection, self._sql.placement)
@@ -83,10 +89,7 @@ class EngineBind:
 
     def perform(self, operation: Operation[R]) -> R:
         """Run one operation; it is durable when this returns."""
-        if self._closed:
-            raise refuse_finished(operation.asked)
-        if not is_verified(self._engine.dialect, self._sql.placement):
-            self._verify(operation)
+        self._admit(operation)
         if self._on_sqlite:
             return self._on_sqlite_cursor(operation)
         try:
@@ -171,10 +174,7 @@ class EngineBind:
     def unit_of_work(self) -> Iterator[_HeldBind]:
         """One transaction for several operations; committed at the end, rolled back by an exception."""
         operation: Operation[None] = Call("unit_of_work", Kind.SEVERAL, lambda database: None)
-        if self._closed:
-            raise refuse_finished(operation.asked)
-        if not is_verified(self._engine.dialect, self._sql.placement):
-            self._verify(operation)
+        self._admit(operation)
         if self._on_sqlite:
             with self._sqlite(operation, writing=True) as database:
                 held = _HeldBind(database, self.name)

@@ -23,7 +23,7 @@ from sagalog.log.caller import CallerBind
 from sagalog.log.database import Call, Kind, Operation
 from sagalog.log.engine import EngineBind
 from sagalog.log.faults import driver_error, translate
-from sagalog.log.file import Durability, FileBind
+from sagalog.log.file import Durability, FileBind, file_uri
 from sagalog.log.statements import statements_at
 from sagalog.placement import Placement
 from sagalog.schema import HEAD, verify
@@ -404,7 +404,7 @@ def _open_file(path: str, durability: Durability, *, migrate: bool) -> FileBind:
             pass  # another process created it just now
         except OSError as error:
             raise translate(error, _OPENING, path, committing=False) from error
-    file = f"file:{_quote(path)}?mode=rw"
+    file = file_uri(path)
     engine = create_engine("sqlite://", creator=lambda: _connect(file), poolclass=NullPool)
     try:
         _prepare(engine, migrate=migrate, name=path)
@@ -413,12 +413,6 @@ def _open_file(path: str, durability: Durability, *, migrate: bool) -> FileBind:
     except SQLAlchemyError as error:
         raise translate(error, _OPENING, path, committing=False) from driver_error(error)
     return FileBind(path, statements_at(Placement()), durability=durability)
-
-
-def _quote(path: str) -> str:
-    from urllib.parse import quote
-
-    return quote(os.path.abspath(path))
 
 
 def _connect(file: str) -> sqlite3.Connection:

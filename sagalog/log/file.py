@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from urllib.parse import quote
 from weakref import WeakSet
 
 from sagalog.errors import LogUnavailable, SagaLogError, UnusableBind
@@ -113,9 +114,13 @@ class FileBind:
     def _connect(self, timeout: float) -> sqlite3.Connection:
         # mode=rw: a file that was deleted under the log is an error, not an empty new one.
         assert self._path is not None
-        location = f"file:{_quoted(self._path)}?mode=rw"
         connection = sqlite3.connect(
-            location, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=256
+            file_uri(self._path),
+            uri=True,
+            timeout=timeout,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
         )
         try:
             return self._prepared(connection)
@@ -145,17 +150,16 @@ class FileBind:
         """Run one operation; a write is durable when this returns."""
         if operation.kind is Kind.READ and self._path is not None:
             return self._read(operation)
-        mutex = self._mutex
-        mutex.acquire()
-        leads = not self._leading and not self._closed
-        if leads:
-            self._leading = True
-        mutex.release()
-        if not leads:
-            ticket: Ticket[R] = Ticket(operation)
-            if not self._lead(ticket):
-                return ticket.outcome()  # type: ignore[no-any-return]
-        try:
+        leads = False
+        try:  # around taking the lead too: an interrupt that came between would leave the log without a leader for ever
+            with self._mutex:
+                if not self._leading and not self._closed:
+                    self._leading = leads = True
+            if not leads:
+                ticket: Ticket[R] = Ticket(operation)
+                leads = self._lead(ticket)
+                if not leads:
+                    return ticket.outcome()  # type: ignore[no-any-return]
             if self._company > 1:
                 self._let_others_come()
             if not self._waiting:
@@ -171,7 +175,8 @@ class FileBind:
             self._company = len(batch)
             self._commit_together(batch)
         finally:
-            self._hand_over()
+            if leads:
+                self._hand_over()
         return own.outcome()  # type: ignore[no-any-return]
 
     def _let_others_come(self) -> None:
@@ -517,10 +522,9 @@ def _asked(ticket: Ticket[Any] | None) -> str:
     return "unit_of_work" if ticket is None or ticket.operation is None else ticket.operation.asked
 
 
-def _quoted(path: str) -> str:
-    from urllib.parse import quote
-
-    return quote(os.path.abspath(path))
+def file_uri(path: str) -> str:
+    """What SQLite opens for reading and writing, and does not create."""
+    return f"file:{quote(os.path.abspath(path))}?mode=rw"
 
 
 _open_binds: WeakSet[FileBind] = WeakSet()
