@@ -55,6 +55,13 @@ class SagaLogError(Exception):
         self.hint = hint
         super().__init__(" ".join(part for part in (f"{asked}: {problem}.", outcome, hint) if part))
 
+    @classmethod
+    def in_hosts_revision(cls, step: str, problem: str, *, found: str, hint: str) -> SagaLogError:
+        """This error, about a step inside a host's own Alembic revision."""
+        error = cls.__new__(cls)
+        SagaLogError.__init__(error, step, problem, found=found, hint=hint)
+        return error
+
     def __reduce__(self) -> tuple[Callable[..., SagaLogError], tuple[Any, ...]]:
         return _rebuild, (type(self), self.args, self.__dict__)
 
@@ -222,6 +229,12 @@ class SchemaTooNew(SagaLogError):
             found=found,
             hint="Update the sagalog package, or downgrade the database with the newer one.",
         )
+
+
+class RevisionRefused(SagaLogError):
+    """No revision file was written into a host's Alembic environment: nothing is new, or it would not fit."""
+
+    code = "revision_refused"
 
 
 class NotASagaLog(SagaLogError):
