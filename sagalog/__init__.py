@@ -1,38 +1,42 @@
-"""A durable saga log for SQLAlchemy applications."""
+"""A durable saga log for SQLAlchemy applications.
 
+Every name is loaded when it is first asked for: the command line, a test run's
+plugin and a worker that only looks at errors pay for what they use.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from sagalog.errors import (
-    InvalidTransition,
-    KeyConflict,
-    LeaseLost,
-    LogUnavailable,
-    NotASagaLog,
-    PayloadError,
-    SagaExists,
-    SagaLogError,
-    SagaNotFound,
-    SchemaMissing,
-    SchemaOutOfDate,
-    SchemaTooNew,
-    StepExists,
-    StepNotFound,
-    UnusableBind,
-)
-from sagalog.log.facade import AsyncSagaLog, SagaLog
-from sagalog.records import (
-    AuditRecord,
-    SagaOutcome,
-    SagaRecord,
-    SagaSnapshot,
-    StepRecord,
-    UnresolvedSaga,
-    UnresolvedStep,
-)
-from sagalog.states import SagaState, StepState
-
 if TYPE_CHECKING:
+    from sagalog.errors import (
+        InvalidTransition,
+        KeyConflict,
+        LeaseLost,
+        LogUnavailable,
+        NotASagaLog,
+        PayloadError,
+        SagaExists,
+        SagaLogError,
+        SagaNotFound,
+        SchemaMissing,
+        SchemaOutOfDate,
+        SchemaTooNew,
+        StepExists,
+        StepNotFound,
+        UnusableBind,
+    )
+    from sagalog.log.facade import AsyncSagaLog, SagaLog
     from sagalog.models import Saga, SagaAudit, SagaExecutor, SagaStep
+    from sagalog.records import (
+        AuditRecord,
+        SagaOutcome,
+        SagaRecord,
+        SagaSnapshot,
+        StepRecord,
+        UnresolvedSaga,
+        UnresolvedStep,
+    )
+    from sagalog.states import SagaState, StepState
 
 __all__ = [
     "AsyncSagaLog",
@@ -67,11 +71,30 @@ __all__ = [
     "UnusableBind",
 ]
 
+_HOMES = {
+    "sagalog.log.facade": ("AsyncSagaLog", "SagaLog"),
+    "sagalog.models": ("Saga", "SagaAudit", "SagaExecutor", "SagaStep"),
+    "sagalog.records": (
+        "AuditRecord",
+        "SagaOutcome",
+        "SagaRecord",
+        "SagaSnapshot",
+        "StepRecord",
+        "UnresolvedSaga",
+        "UnresolvedStep",
+    ),
+    "sagalog.states": ("SagaState", "StepState"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
 
 def __getattr__(name: str) -> object:
-    # The models are mapped when first asked for: that costs more than importing all the rest.
-    if name in ("Saga", "SagaAudit", "SagaExecutor", "SagaStep"):
-        from sagalog import models
-
-        return getattr(models, name)
+    if name in __all__:
+        value: object = getattr(import_module(_HOME_OF.get(name, "sagalog.errors")), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'sagalog' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
