@@ -219,7 +219,7 @@ def open_road(name: str, sqlite_url: str, postgres_url: str | None) -> Iterator[
         elif name == "sqlite-memory":
             log = SagaLog.open_in_memory()
             stack.callback(log.close)
-            connection = log._bind._writer
+            connection = log._bind._connections.writer
             strange.dispose()
             from sqlalchemy.pool import StaticPool
 

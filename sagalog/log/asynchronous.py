@@ -22,7 +22,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sagalog.errors import UnusableBind
 from sagalog.log.bind import Bind
 from sagalog.log.database import Kind, Operation
-from sagalog.log.file import FileBind, HeldFile, Ticket
+from sagalog.log.file import FileBind, HeldFile
+from sagalog.log.turns import Ticket
 
 R = TypeVar("R")
 

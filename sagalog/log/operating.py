@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sagalog.errors import InvalidTransition, LogUnavailable, PayloadError, SagaNotFound, StepNotFound
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.writing import lock_saga, steps_in_the_way
+from sagalog.log.guarded import lock_saga, steps_in_the_way
 from sagalog.payload import check_saga_id, check_step, check_text, encode
 from sagalog.states import OUTSTANDING, Actor, SagaState, StepState, saga_sources, step_sources
 

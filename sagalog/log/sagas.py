@@ -1,0 +1,223 @@
+"""The operations on sagas: each rule once, for every bind and database.
+
+Each function checks its arguments and returns an `Operation`; see `guarded`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from operator import attrgetter
+
+from sagalog.errors import InvalidTransition, KeyConflict, LogUnavailable, PayloadError, SagaExists, SagaLogError
+from sagalog.log.database import Call, Database, Kind, Operation
+from sagalog.log.guarded import TRIES, Changed, Decided, head_of, refused_by_saga, saga_refused, steps_in_the_way
+from sagalog.log.statements import Statement, Statements
+from sagalog.payload import MAX_SAGA_ID, Payload, check_saga_id, check_text, encode, printable
+from sagalog.records import SagaOutcome
+from sagalog.states import CANCELLABLE, OUTSTANDING, SagaState, saga_sources
+
+_mark_compensating = attrgetter("mark_compensating")
+_mark_failed_compensation = attrgetter("mark_failed_compensation")
+_request_cancel = attrgetter("request_cancel")
+
+
+def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
+    """Record that a saga starts, under an id of the caller's.
+
+    Durable when it returns over an engine; else with the caller's commit.
+
+    Args:
+        saga_id: 1 to 2**63-1, not taken. `create_saga` takes one from the database.
+        name: What kind of saga it is.
+        input: What it was started with; stored as JSON text.
+
+    Raises:
+        PayloadError: An argument cannot be stored; nothing was sent.
+        SagaExists: The id is taken, also by an earlier try of this call: see `identical`.
+    """
+    asked = "start_saga"
+    check_saga_id(saga_id, asked)
+    check_text(name, "name", asked, saga_id)
+    text = encode(input, asked, saga_id)
+    token = _new_token()
+
+    def run(db: Database) -> None:
+        values = {"id_": saga_id, "name_": name, "input_": text, "token_": token, "at_": db.now()}
+        if db.write(db.sql.start_saga, values) == 1:
+            return
+        rows = db.fetch(db.sql.saga_head, id_=saga_id)
+        if not rows:
+            raise LogUnavailable(asked, "the row that was in the way is gone", saga_id=saga_id, hint="Repeat it.")
+        head = rows[0]
+        raise SagaExists(saga_id, found=head[1], identical=head[0] == name and head[3] == text)
+
+    return Call(asked, Kind.INSERT, run, saga_id)
+
+
+def create_saga(name: str, input: Payload, *, key: str | None = None) -> Operation[int]:
+    """Record that a saga starts, under a fresh id from the database.
+
+    The id was never used before, whatever ids callers chose and whatever was
+    pruned. With a key, the same (name, key) again returns the first saga's id
+    and writes nothing.
+
+    Args:
+        name: What kind of saga it is.
+        input: What it was started with; stored as JSON text.
+        key: The start's idempotency key, for example an order's number.
+
+    Returns:
+        The saga's id.
+
+    Raises:
+        PayloadError: An argument cannot be stored, or 2**63-1 is taken: there is no id after it.
+        KeyConflict: The key was used with another input.
+    """
+    asked = "create_saga"
+    check_text(name, "name", asked)
+    if key is not None:
+        check_text(key, "key", asked)
+    text = encode(input, asked)
+    token = _new_token()
+
+    def run(db: Database) -> int:
+        statement = db.sql.create_saga_postgres if db.on_postgres else db.sql.create_saga_sqlite
+        for _ in range(TRIES):
+            made = db.fetch(statement, name_=name, input_=text, token_=token, key_=key, at_=db.now())
+            if made:
+                db.writes += 1
+                created: int = made[0][0]
+                return created
+            if key is not None:
+                for saga_id, input_found, state in db.fetch(db.sql.saga_of_key, name_=name, key_=key):
+                    if input_found == text:
+                        found: int = saga_id
+                        return found
+                    raise KeyConflict(name, saga_id, state)
+            if db.fetch(db.sql.highest_id)[0][0] >= MAX_SAGA_ID:
+                raise PayloadError(
+                    asked,
+                    f"saga_id {MAX_SAGA_ID} is taken, and there is no id after it",
+                    hint="Whoever chose that id chose the last one; use start_saga() with free ids.",
+                )
+            if db.on_postgres:
+                db.fetch(db.sql.catch_up_ids)
+        raise LogUnavailable(asked, "other processes took every id it drew", hint="Repeat it.")
+
+    return Call(asked, Kind.INSERT, run)
+
+
+def mark_compensating(saga_id: int) -> Operation[None]:
+    """Record that a saga is being undone, or that undoing it is tried again.
+
+    Args:
+        saga_id: The saga: running, failed, or failed_compensation (an operator's retry).
+
+    Raises:
+        SagaNotFound: No such saga.
+        InvalidTransition: The saga has ended.
+    """
+    asked = "mark_compensating"
+    check_saga_id(saga_id, asked)
+    return _moving(asked, saga_id, SagaState.COMPENSATING, Kind.WRITE, _mark_compensating, None)
+
+
+def mark_failed_compensation(saga_id: int, reason: str) -> Operation[None]:
+    """Record that a saga could not be undone and needs a person.
+
+    Args:
+        saga_id: The saga: running, compensating or failed.
+        reason: Why. What a database cannot hold becomes U+FFFD.
+
+    Raises:
+        SagaNotFound: No such saga.
+        InvalidTransition: The saga has ended, or has another reason already.
+    """
+    asked = "mark_failed_compensation"
+    check_saga_id(saga_id, asked)
+    target = SagaState.FAILED_COMPENSATION
+    text = printable(reason)
+    return _moving(asked, saga_id, target, Kind.WRITE, _mark_failed_compensation, text)
+
+
+def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
+    """Record how a saga ended.
+
+    `completed` is refused while a step is pending, `compensated` while one is
+    pending or still succeeded: the log does not call done what is in doubt.
+
+    Args:
+        saga_id: The saga.
+        outcome: `SagaOutcome.completed()`, `.failed(reason)` or `.compensated(reason)`.
+
+    Raises:
+        SagaNotFound: No such saga.
+        InvalidTransition: It ended otherwise, or a step stands in the way; the message names it.
+    """
+    asked = f"terminate({getattr(outcome, 'state', '?')})"
+    check_saga_id(saga_id, asked)
+    if not isinstance(outcome, SagaOutcome):
+        raise PayloadError(
+            f"terminate of saga {saga_id}",
+            f"the outcome is a {type(outcome).__name__}",
+            saga_id=saga_id,
+            found=type(outcome).__name__,
+            hint="Use SagaOutcome.completed(), .failed(reason) or .compensated(reason).",
+        )
+    target = SagaState(outcome.state)
+    reason = None if outcome.reason is None else printable(outcome.reason)
+    kind = Kind.LOCKED if target in OUTSTANDING else Kind.WRITE
+    return _moving(asked, saga_id, target, kind, lambda sql: sql.terminate(target), reason)
+
+
+def request_cancel(saga_id: int, reason: str) -> Operation[None]:
+    """Ask that a saga be undone. One that has not run yet ends at once, as `compensated`.
+
+    Args:
+        saga_id: The saga: submitted, running, compensating or failed.
+        reason: Why. What a database cannot hold becomes U+FFFD.
+
+    Raises:
+        SagaNotFound: No such saga.
+        InvalidTransition: It has ended, or was asked to cancel for another reason.
+    """
+    asked = "request_cancel"
+    check_saga_id(saga_id, asked)
+    text = printable(reason)
+
+    values = {"id_": saga_id, "reason_": text}
+
+    def explain(db: Database) -> SagaLogError | None:
+        head = head_of(db, asked, saga_id)
+        if head[5] == text:
+            return None
+        if head[5] is not None and head[1] in CANCELLABLE:
+            problem = "it was asked to cancel already, for another reason"
+            return InvalidTransition(asked, problem, saga_id=saga_id, found=head[1], hint="Nothing more is needed.")
+        return refused_by_saga(db, asked, saga_id, None, CANCELLABLE)
+
+    return Decided(asked, Kind.WRITE, _request_cancel, values, explain, saga_id)
+
+
+def _moving(
+    asked: str,
+    saga_id: int,
+    target: SagaState,
+    kind: Kind,
+    statement: Callable[[Statements], Statement],
+    reason: str | None,
+) -> Operation[None]:
+    def explain(db: Database) -> SagaLogError | None:
+        head = head_of(db, asked, saga_id)
+        if head[1] == target and (reason is None or head[4] == reason):
+            return None
+        if head[1] not in saga_sources(target):
+            return saga_refused(asked, saga_id, head[1], saga_sources(target))
+        return steps_in_the_way(db, asked, saga_id, target, head[1]) or Changed()
+
+    return Decided(asked, kind, statement, {"id_": saga_id, "reason_": reason}, explain, saga_id)
+
+
+def _new_token() -> str:
+    return secrets.token_hex(16)
