@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from sagalog.models import Saga, SagaAudit, SagaExecutor, SagaStep
     from sagalog.records import (
         AuditRecord,
+        ExecutorRecord,
         SagaOutcome,
         SagaRecord,
         SagaSnapshot,
+        StateCount,
         StepRecord,
         UnresolvedSaga,
         UnresolvedStep,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncSagaLog",
     "AuditRecord",
+    "ExecutorRecord",
     "InvalidTransition",
     "KeyConflict",
     "LeaseLost",
@@ -62,6 +65,7 @@ __all__ = [
     "SchemaMissing",
     "SchemaOutOfDate",
     "SchemaTooNew",
+    "StateCount",
     "StepExists",
     "StepNotFound",
     "StepRecord",
@@ -76,9 +80,11 @@ _HOMES = {
     "sagalog.models": ("Saga", "SagaAudit", "SagaExecutor", "SagaStep"),
     "sagalog.records": (
         "AuditRecord",
+        "ExecutorRecord",
         "SagaOutcome",
         "SagaRecord",
         "SagaSnapshot",
+        "StateCount",
         "StepRecord",
         "UnresolvedSaga",
         "UnresolvedStep",

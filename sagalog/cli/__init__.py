@@ -10,6 +10,7 @@ SQLAlchemy with them, only once a command runs: help has to be quick.
 from __future__ import annotations
 
 import sys
+from io import TextIOWrapper
 from typing import NoReturn
 
 INSTALL = 'pip install "sagalog[cli]"'
@@ -21,7 +22,7 @@ def main() -> NoReturn:
     Exits with 0, with 1 for a refused or failed action, with 2 for bad usage, or without the extra `cli`.
     """
     try:
-        import rich
+        import rich  # noqa: F401 - are both there?
         import typer  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):
@@ -31,5 +32,8 @@ def main() -> NoReturn:
 
     from sagalog.cli.app import app
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name that the terminal's encoding lacks is shown escaped
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="sagalog")
     sys.exit(0)

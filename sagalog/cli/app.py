@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
 from sagalog.cli import acting, diag, looking, schema, show
-from sagalog.cli.output import Form
-from sagalog.cli.settings import Settings, read_settings
+from sagalog.cli.output import Form, chosen_form
+from sagalog.cli.settings import read_settings
 from sagalog.cli.usage import GLOBAL_OPTIONS, SagalogGroup
 
 # Rich's help and tracebacks would double what `sagalog --help` costs.
@@ -25,7 +26,7 @@ for group in (diag, looking, show, acting, schema):
     group.register(app)
 
 
-def _print_version(asked: bool) -> None:  # noqa: FBT001 - a callback
+def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(version("sagalog"))
         raise typer.Exit
@@ -57,9 +58,8 @@ def _before(
     The database is that of --url, else of SAGALOG_URL, else `url` in [tool.sagalog] of the pyproject.toml here;
     --schema and --prefix likewise.
     """
-    form = Form.JSON if as_json else output
-    settings = read_settings(url, schema, prefix, form)
-    context.obj = Settings(**{**vars(settings), "typed": _typed(context)})
+    settings = read_settings(url, schema, prefix)
+    context.obj = replace(settings, output=chosen_form(as_json, output), typed=_typed(context))
 
 
 def _typed(context: typer.Context) -> tuple[str, ...]:

@@ -15,9 +15,9 @@ from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sagalog import SagaLog, migrations
 from sagalog.cli.settings import Settings
 from sagalog.cli.usage import CommandError, bad_usage
+from sagalog.urls import SECRETS, shown_url
 
 CONNECT_SECONDS = 10
-_SECRETS = ("password", "sslpassword", "passfile")
 _DRIVERS = {
     "postgres": "postgresql+psycopg",
     "postgresql": "postgresql+psycopg",
@@ -49,12 +49,6 @@ def url_of(settings: Settings) -> URL:
     if url.drivername == "postgresql+asyncpg" and "ssl" in url.query:
         url = url.set(query={("sslmode" if key == "ssl" else key): value for key, value in url.query.items()})
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
-
-
-def shown_url(url: URL) -> str:
-    """A URL for people, without what must stay secret."""
-    hidden = {key: "***" for key in _SECRETS if key in url.query}
-    return url.update_query_dict(hidden).render_as_string(hide_password=True).replace("%2A%2A%2A", "***")
 
 
 def file_of(url: URL) -> Path | None:
@@ -91,8 +85,13 @@ def opened_engine(settings: Settings, *, writing: bool = False) -> Iterator[Engi
 def opened_log(settings: Settings, *, writing: bool = False) -> Iterator[SagaLog]:
     """A log on an existing database whose schema fits; see `opened_engine`."""
     with opened_engine(settings, writing=writing) as engine:
-        migrations.check(engine, **settings.placement)
-        yield SagaLog(engine, **settings.placement)
+        yield log_on(engine, settings)
+
+
+def log_on(engine: Engine, settings: Settings) -> SagaLog:
+    """A log on an engine whose schema fits; the schema's own error if it does not."""
+    migrations.check(engine, **settings.placement)
+    return SagaLog(engine, **settings.placement)
 
 
 @contextmanager
@@ -154,7 +153,7 @@ def _see_that_it_answers(engine: Engine) -> None:
 
 
 def _without_secrets(url: URL, text: str) -> str:
-    secrets = [url.password, *(url.query.get(key) for key in _SECRETS)]
+    secrets = [url.password, *(url.query.get(key) for key in SECRETS)]
     for secret in secrets:
         if isinstance(secret, str) and secret:
             text = text.replace(secret, "***")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import getpass
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, TypeAlias
 
 import typer
 
 from sagalog.cli.output import Form
+from sagalog.cli.text import read_duration, read_moment
 from sagalog.cli.usage import CommandError, bad_usage
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON; the same as --output json.")]
@@ -68,3 +70,20 @@ def ask(question: str, *, yes: bool) -> None:
         raise bad_usage(f"{question} Nobody can answer here: add --yes to do it without asking.")
     if not typer.confirm(question, err=True):
         raise CommandError("Nothing was changed.")
+
+
+def moment(value: str | None) -> object:
+    """An option that names a moment, as a datetime."""
+    return None if value is None else _read(read_moment, value)
+
+
+def duration(value: str | None) -> object:
+    """An option that names a duration, as a timedelta."""
+    return None if value is None else _read(read_duration, value)
+
+
+def _read(reader: Callable[[str], object], value: str) -> object:
+    try:
+        return reader(value)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -49,12 +49,17 @@ class Form(StrEnum):
     JSONL = "jsonl"
 
 
-def form_of(context: typer.Context, as_json: bool, output: Form | None) -> Form:  # noqa: FBT001 - as the command has it
-    """The form that was asked for, after the command or before it."""
+def chosen_form(as_json: bool, output: Form | None) -> Form | None:
+    """The form that `--json` and `--output` ask for together; None without either."""
     if as_json and output not in (None, Form.JSON):
         raise bad_usage(f"--json and --output {output} are two forms; give one of them.")
+    return Form.JSON if as_json else output
+
+
+def form_of(context: typer.Context, as_json: bool = False, output: Form | None = None) -> Form:
+    """The form that was asked for, after the command or before it; a table otherwise."""
     before = settings_of(context).output
-    return Form.JSON if as_json else output or (Form(before) if before else Form.TABLE)
+    return chosen_form(as_json, output) or (Form(before) if before else Form.TABLE)
 
 
 def print_json(form: Form, value: Any) -> None:
@@ -97,14 +102,15 @@ def state(name: str) -> Text:
     return plain(name, STATE_STYLES.get(name, ""))
 
 
-def table(*headings: str, right: Sequence[str] = ()) -> Table:
-    """A table with these headings; those named in `right` hold numbers."""
+def table(*headings: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """A table with these headings; those named in `right` hold numbers, those in `whole` are never broken."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for heading in headings:
-        made.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+        side: Literal["left", "right"] = "right" if heading in right else "left"
+        made.add_column(heading, justify=side, overflow="fold", no_wrap=heading in (*right, *whole))
     return made
 
 

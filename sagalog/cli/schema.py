@@ -34,10 +34,10 @@ def upgrade(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Bring the tables to a revision; make a SQLite file that is not there.
+    """Bring the tables to the newest revision.
 
-    What a deploy calls: it never asks, several may run at once, and what fails leaves nothing behind. Tables of the
-    earlier program are adopted.
+    Or to one that is named. A SQLite file that is not there is made; tables of the earlier program are adopted. What
+    a deploy calls: it never asks, several may run at once, and what fails leaves nothing behind.
     """
     from sagalog import migrations
     from sagalog.cli.connect import created_file, opened_engine
@@ -62,9 +62,13 @@ def downgrade(
     as_json: Json = False,
     output: Output = None,
 ) -> None:
-    """Take the tables back to a revision. What only later revisions can hold is lost."""
+    """Take the tables back to a revision.
+
+    What only later revisions can hold is lost.
+    """
     from sagalog import migrations
-    from sagalog.cli.connect import opened_engine, shown_url, url_of
+    from sagalog.cli.connect import opened_engine, url_of
+    from sagalog.urls import shown_url
 
     if to == "head":
         raise bad_usage("downgrade leads back; give the revision to go back to.")
@@ -89,7 +93,7 @@ def _tell_move(form: Form, before: str | None, after: str | None) -> None:
 
 
 def current(context: typer.Context, as_json: Json = False, output: Output = None) -> None:
-    """Print the revision of the tables; nothing is written."""
+    """Print the revision of the tables."""
     from sagalog import migrations
     from sagalog.cli.connect import opened_engine
 
@@ -104,10 +108,14 @@ def current(context: typer.Context, as_json: Json = False, output: Output = None
 
 
 def check(context: typer.Context, as_json: Json = False, output: Output = None) -> None:
-    """See that this library can work on the tables; exit with 1 if not, and say what to do."""
+    """See that this library can work on the tables.
+
+    Exits with 1 if it cannot, and says what to do. Nothing is written.
+    """
     from sagalog import migrations
-    from sagalog.cli.connect import opened_engine, shown_url
+    from sagalog.cli.connect import opened_engine
     from sagalog.cli.health import durability_of
+    from sagalog.urls import shown_url
 
     settings = settings_of(context)
     form = form_of(context, as_json, output)

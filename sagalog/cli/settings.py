@@ -51,14 +51,13 @@ def settings_of(context: typer.Context) -> Settings:
     return found
 
 
-def read_settings(url: str | None, schema: str | None, prefix: str | None, output: str | None) -> Settings:
+def read_settings(url: str | None, schema: str | None, prefix: str | None) -> Settings:
     """Complete what was typed, or stood in the environment, by `[tool.sagalog]` of this folder's pyproject.toml."""
     written = _from_pyproject(Path("pyproject.toml")) if None in (url, schema, prefix) else {}
     return Settings(
         url=url or written.get("url"),
         schema=schema if schema is not None else written.get("schema"),
         prefix=prefix if prefix is not None else written.get("prefix", ""),
-        output=output,
     )
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -34,10 +35,19 @@ def bad_usage(sentence: str) -> CommandError:
 class SagalogGroup(TyperGroup):
     """The group of all commands: every error passes here and leaves as one sentence."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:  # noqa: FBT001, FBT002
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run a command; what it raises is told on stderr."""
         try:
-            status = super().main(*args, standalone_mode=False, **kwargs)
+            extra["windows_expand_args"] = windows_expand_args
+            status = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         except CommandError as error:
             _leave(f"Error: {error.sentence}", error.status)
         except PayloadError as error:  # an argument that no log can hold
