@@ -98,6 +98,12 @@ NOT_FINAL: Final = (_S.RUNNING, _S.COMPENSATING, _S.FAILED, _S.FAILED_COMPENSATI
 CANCELLABLE: Final = (_S.SUBMITTED, *UNRESOLVED)
 """A cancel may still be asked for in these."""
 
+SETTLED: Final = tuple(move.target for move in SAGA_MOVES if move.by is Actor.OPERATOR)
+"""As what an operator may settle a saga that needs a person."""
+
+STEP_SETTLED: Final = (StepState.SUCCEEDED, StepState.FAILED, StepState.COMPENSATED)
+"""As what an operator may settle a step."""
+
 OUTSTANDING: Final[dict[SagaState, tuple[StepState, ...]]] = {
     _S.COMPLETED: (StepState.PENDING,),
     _S.COMPENSATED: (StepState.PENDING, StepState.SUCCEEDED),

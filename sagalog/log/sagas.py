@@ -10,18 +10,17 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from sagalog.errors import InvalidTransition, KeyConflict, LogUnavailable, PayloadError, SagaExists, SagaLogError
+from sagalog.errors import KeyConflict, LogUnavailable, PayloadError, SagaExists, SagaLogError
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.guarded import TRIES, Changed, Decided, head_of, refused_by_saga, saga_refused, steps_in_the_way
+from sagalog.log.guarded import TRIES, Changed, Decided, head_of, saga_refused, steps_in_the_way
 from sagalog.log.statements import Statement, Statements
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.payload import MAX_SAGA_ID, Payload, check_saga_id, check_text, encode, printable
 from sagalog.records import SagaOutcome
-from sagalog.states import CANCELLABLE, OUTSTANDING, SagaState, saga_sources
+from sagalog.states import OUTSTANDING, SagaState, saga_sources
 
 _mark_compensating = attrgetter("mark_compensating")
 _mark_failed_compensation = attrgetter("mark_failed_compensation")
-_request_cancel = attrgetter("request_cancel")
 
 
 def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
@@ -209,35 +208,6 @@ def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
     reason = None if outcome.reason is None else printable(outcome.reason)
     kind = Kind.LOCKED if target in OUTSTANDING else Kind.WRITE
     return moving(asked, saga_id, target, kind, lambda sql: sql.terminate(target), reason)
-
-
-def request_cancel(saga_id: int, reason: str) -> Operation[None]:
-    """Ask that a saga be undone. One that has not run yet ends at once, as `compensated`.
-
-    Args:
-        saga_id: The saga: submitted, running, compensating or failed.
-        reason: Why. What a database cannot hold becomes U+FFFD.
-
-    Raises:
-        SagaNotFound: No such saga.
-        InvalidTransition: It has ended, or was asked to cancel for another reason.
-    """
-    asked = "request_cancel"
-    check_saga_id(saga_id, asked)
-    text = printable(reason)
-
-    values = {"id_": saga_id, "reason_": text}
-
-    def explain(db: Database) -> SagaLogError | None:
-        head = head_of(db, asked, saga_id)
-        if head[5] == text:
-            return None
-        if head[5] is not None and head[1] in CANCELLABLE:
-            problem = "it was asked to cancel already, for another reason"
-            return InvalidTransition(asked, problem, saga_id=saga_id, found=head[1], hint="Nothing more is needed.")
-        return refused_by_saga(db, asked, saga_id, None, CANCELLABLE)
-
-    return Decided(asked, Kind.WRITE, _request_cancel, values, explain, saga_id)
 
 
 def moving(

@@ -17,12 +17,13 @@ from sagalog.log.statements.reading import ReadingStatements
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.log.statements.settling import SettlingStatements
 from sagalog.log.statements.steps import StepStatements
+from sagalog.log.statements.watching import WatchingStatements
 from sagalog.placement import Placement
 
 __all__ = ["Statement", "Statements", "statements_at"]
 
 
-class Statements(SagaStatements, StepStatements, ReadingStatements, SettlingStatements):
+class Statements(SagaStatements, StepStatements, ReadingStatements, WatchingStatements, SettlingStatements):
     """All statements for one placement; made once and shared by every `SagaLog` there."""
 
     @cached_property

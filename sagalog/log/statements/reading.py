@@ -90,6 +90,7 @@ class ReadingStatements(Tables):
 
     @cached_property
     def counts(self) -> Statement:
-        return Statement(
-            select(self.saga.c.state, func.count()).group_by(self.saga.c.state).order_by(self.saga.c.state)
-        )
+        """The states, how many sagas are in each, and when the oldest of them started."""
+        c = self.saga.c
+        counted = select(c.state, func.count(), func.min(c.started_at))
+        return Statement(counted.group_by(c.state).order_by(c.state))

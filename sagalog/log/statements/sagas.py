@@ -67,11 +67,7 @@ class SagaStatements(Tables):
     @property
     def id_sequence(self) -> str:
         """The Postgres sequence of ids, quoted and with its schema."""
-        from sqlalchemy.dialects.postgresql import dialect
-
-        quote = dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
-        name: str = quote(f"{self.placement.prefix}saga_id_seq")
-        return f"{quote(self.placement.schema)}.{name}" if self.placement.schema else name
+        return self._quoted(f"{self.placement.prefix}saga_id_seq")
 
     @cached_property
     def catch_up_ids(self) -> Statement:

@@ -96,6 +96,13 @@ class Tables:
             .values(state=literal(target), **values)
         )
 
+    def _quoted(self, name: str) -> str:
+        """A table's or sequence's name for SQL text of Postgres, with its schema."""
+        from sqlalchemy.dialects.postgresql import dialect
+
+        quote = dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
+        return ".".join(quote(part) for part in (self.placement.schema, name) if part)
+
     @property
     def _recency(self) -> ColumnElement[int]:
         return func.coalesce(self.saga.c.terminal_at, self.saga.c.started_at)
