@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from sagalog.coordinator.bus import CommandBus, OnUnknown
 from sagalog.coordinator.context import AsyncSagaContext, SagaContext
@@ -38,16 +38,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _HANDLER_THREADS = 64
 
 
-class Interpose(Protocol):
-    """What `sagalog.testing.crash_points` puts around every log transaction and every handler call."""
-
-    def before(self, effect: Effect[Any]) -> None:
-        """Called before it."""
-        ...
-
-    def after(self, effect: Effect[Any]) -> None:
-        """Called after it succeeded."""
-        ...
+Interpose: TypeAlias = Callable[[Effect[Any], Callable[[Effect[Any]], Any]], Any]
+"""What `sagalog.testing.crash_points` puts around every log transaction and every handler call."""
 
 
 class _Shell:
@@ -297,10 +289,7 @@ class SagaCoordinator(_Shell):
         interpose = self.interpose
         if interpose is None or not isinstance(effect, Write | Invoke):
             return self._answer(effect)
-        interpose.before(effect)
-        answer = self._answer(effect)
-        interpose.after(effect)
-        return answer
+        return interpose(effect, self._answer)
 
     def _answer(self, effect: Effect[Any]) -> Any:
         if isinstance(effect, Write):
@@ -431,10 +420,7 @@ class AsyncSagaCoordinator(_Shell):
         interpose = self.interpose
         if interpose is None or not isinstance(effect, Write | Invoke):
             return await self._answer(effect)
-        interpose.before(effect)
-        answer = await self._answer(effect)
-        interpose.after(effect)
-        return answer
+        return await interpose(effect, self._answer)
 
     async def _answer(self, effect: Effect[Any]) -> Any:
         if isinstance(effect, Write):

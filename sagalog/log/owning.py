@@ -136,9 +136,9 @@ def _owned_statements(db: Database) -> SagaStatements:
     return db.sql.owned
 
 
-def mark_compensating(fence: Fence) -> Operation[None]:
-    """The saga is being undone."""
-    return _moved(fence, SagaState.COMPENSATING, _mark_compensating, None)
+def mark_compensating(fence: Fence, reason: str) -> Operation[None]:
+    """The saga is being undone, and why."""
+    return _moved(fence, SagaState.COMPENSATING, _mark_compensating, reason)
 
 
 def fail_compensation(fence: Fence, reason: str) -> Operation[None]:
