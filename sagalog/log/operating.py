@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sagalog.errors import InvalidTransition, LogUnavailable, PayloadError, SagaNotFound, StepNotFound
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.guarded import lock_saga, steps_in_the_way
+from sagalog.log.guarded import steps_in_the_way
 from sagalog.payload import check_saga_id, check_step, check_text, encode
 from sagalog.states import OUTSTANDING, Actor, SagaState, StepState, saga_sources, step_sources
 
@@ -31,9 +31,9 @@ def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[Non
     sources = saga_sources(target, Actor.OPERATOR)
 
     def run(db: Database) -> None:
-        if target in OUTSTANDING:
-            lock_saga(db, asked, saga_id)
-        if db.write(db.sql.resolve(target), {"id_": saga_id, "at_": db.now()}) == 1:
+        statement, values = db.sql.resolve(target), {"id_": saga_id, "at_": db.now()}
+        guarded = target in OUTSTANDING
+        if (db.write_locked(statement, values, asked) if guarded else db.write(statement, values)) == 1:
             before = SagaState.FAILED_COMPENSATION
             _write_audit(db, asked, saga_id, None, note, actor, before, target)
             return
