@@ -47,6 +47,7 @@ class Executor:
         self._pid = os.getpid()
         self.executor_id = uuid.uuid4().hex
         self.active: dict[int, Fence] = {}
+        self.coming: set[object] = set()
         self._wake = threading.Condition()
         self._watched: dict[int, tuple[float, Fence, int, float]] = {}
         self._tickets = itertools.count()
