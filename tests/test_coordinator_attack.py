@@ -160,3 +160,69 @@ def test_a_saga_that_has_just_begun_is_not_recovered_by_its_own_process(log: Sag
         coordinator.interpose = recovering
         assert coordinator.run(saga, 5) == 5
     assert shop.verbs == ["reserve"]
+
+
+def test_a_saga_that_its_process_could_not_undo_is_recovered_by_another_one(log: SagaLog) -> None:
+    knows_less, knows_all = Shop(releases=False), Shop()
+    with SagaCoordinator(log, knows_less.bus) as here, SagaCoordinator(log, knows_all.bus) as there:
+        with pytest.raises(SagaFailed) as failed:
+            here.run(reserving(here, fails=True), 1)
+        assert failed.value.outcome == "failed"
+        reserving(there)
+        assert there.recover().compensated == [1]
+    assert knows_all.verbs == ["release"]
+
+
+def test_a_child_that_exits_inside_a_handler_does_not_give_its_parents_saga_away(log: SagaLog) -> None:
+    owners: list[str | None] = []
+
+    def forking(step: StepInfo) -> Done:
+        child = os.fork()
+        if child == 0:
+            sys.exit(0)
+        os.waitpid(child, 0)
+        owners.append(log.get(step.saga_id).executor_id)
+        return Done()
+
+    shop = Shop(reserve=forking)
+    with SagaCoordinator(log, shop.bus) as coordinator:
+        saga = reserving(coordinator)
+        here = os.getpid()
+        try:
+            assert coordinator.run(saga, 5) == 5
+        finally:
+            if os.getpid() != here:
+                os._exit(0)
+        assert owners == [coordinator.executor_id]
+
+
+def test_a_saga_whose_handler_hangs_is_recovered_by_its_own_process(log: SagaLog) -> None:
+    hangs, woken = threading.Event(), threading.Event()
+
+    def hanging(step: StepInfo) -> Done:
+        hangs.set()
+        woken.wait()
+        return Done()
+
+    shop = Shop(reserve=hanging, timeout=0.1, settle=0.0, on_unknown="compensate")
+    with SagaCoordinator(log, shop.bus) as coordinator:
+        saga = reserving(coordinator)
+        raised: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                coordinator.run(saga, 1)
+            except BaseException as error:
+                raised.append(error)
+
+        hung = threading.Thread(target=run)
+        hung.start()
+        hangs.wait()
+        compensated: list[int] = []
+        while not compensated:
+            compensated = coordinator.recover().compensated
+        woken.set()
+        hung.join()
+    assert compensated == [1]
+    assert type(raised[0]).__name__ == "LeaseLost"
+    assert shop.verbs == ["reserve", "release"]

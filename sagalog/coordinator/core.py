@@ -39,6 +39,7 @@ _PAGE = 1000
 _FAIRNESS = 4
 _FORGOTTEN_AFTER_MS = 24 * 3600 * 1000
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5
+_ENDED = (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED)
 
 
 class Job(NamedTuple):
@@ -143,7 +144,11 @@ class Core:
             coming.discard(ticket)
 
     async def _claimed(self, claim: Operation[bool], fence: Fence) -> bool:
-        return await self._taking(claim, lambda won: fence if won else None)
+        try:
+            return await self._taking(claim, lambda won: fence if won else None)
+        except LogUnavailable:
+            self.executor.strand(fence)  # it may be this process's all the same
+            raise
 
     async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:
         """Work on a saga that this process owns; what it stops working on is given back for recovery."""
@@ -157,13 +162,16 @@ class Core:
             self.executor.strand(fence)
             raise
         except BaseException as error:
-            if not isinstance(error, Exception):
+            if not (isinstance(error, SagaFailed) and error.outcome in _ENDED):
                 await self._give_back(fence)
             raise
         finally:
-            active.pop(fence.saga_id, None)
+            if active.get(fence.saga_id) is fence:
+                del active[fence.saga_id]
 
     async def _give_back(self, fence: Fence) -> None:
+        if self.executor.is_forked():
+            return  # it is the parent's
         try:
             await Write(owning.release(fence, self.executor.executor_id, counted=True))
         except Exception:
@@ -195,7 +203,7 @@ class Core:
         record = await Write(reading.get(saga_id))
         if record.state == SagaState.COMPLETED:
             return record.result if definition is None else definition.read_result(record.result_json, saga_id)
-        if record.state in (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED):
+        if record.state in _ENDED:
             raise SagaFailed(saga_id, record.name, SagaState(record.state), record.failure_reason)
         raise SagaInProgress(saga_id, record.name, record.state)
 
@@ -309,8 +317,6 @@ class Core:
             return 0
         except Exception as error:
             report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
-            if not isinstance(error, LogUnavailable):
-                await self._give_back(fence)
             return 1
         if end is None:
             return 0
