@@ -39,7 +39,7 @@ class Reserve(BaseModel):
 
 class Release(BaseModel):
     sku: str = "lamp"
-    amount: Any = 1
+    amount: float = 1
 
 
 class Charge(BaseModel):
@@ -226,3 +226,92 @@ def test_a_saga_whose_handler_hangs_is_recovered_by_its_own_process(log: SagaLog
     assert compensated == [1]
     assert type(raised[0]).__name__ == "LeaseLost"
     assert shop.verbs == ["reserve", "release"]
+
+
+# Sagas that stand in the way of others
+
+
+def test_recovery_passes_a_thousand_unknown_sagas(sqlite_path: Any) -> None:
+    with SagaLog.open(sqlite_path, durability="normal") as log:
+        elsewhere = SagaCoordinator(log, CommandBus())
+
+        @elsewhere.saga("unknown")
+        def unknown(ctx: Any, order: int) -> None:
+            raise Killed
+
+        for number in range(1000):
+            with pytest.raises(Killed):
+                elsewhere.run(unknown, number)
+        elsewhere.close()
+        last = beginning_elsewhere(log, "reserving")
+        with SagaCoordinator(log, Shop().bus) as coordinator:
+            reserving(coordinator)
+            report = coordinator.recover()
+        assert report.compensated == [last]
+        assert len(report.left) == 1000
+
+
+@pytest.mark.parametrize("submitted", [True, False])
+def test_a_worker_passes_unknown_sagas(log: SagaLog, submitted: bool) -> None:
+    for _ in range(9):
+        beginning_elsewhere(log, "unknown", submitted=submitted)
+    known = beginning_elsewhere(log, "reserving", submitted=submitted)
+    coordinator = SagaCoordinator(log, Shop().bus)
+    reserving(coordinator)
+    with coordinator.worker(concurrency=1):
+        if submitted:
+            assert coordinator.wait(known, timeout=30) == 1
+        else:
+            with pytest.raises(SagaFailed):
+                coordinator.wait(known, timeout=30)
+
+
+def test_a_worker_does_not_take_a_saga_again_and_again_that_it_cannot_undo(log: SagaLog) -> None:
+    shop = Shop(releases=False)
+    with SagaCoordinator(log, shop.bus) as here, pytest.raises(SagaFailed):
+        here.run(reserving(here, fails=True), 1)
+    before = log.get(1).epoch
+    coordinator = SagaCoordinator(log, shop.bus)
+    reserving(coordinator)
+    looks: list[str] = []
+    enough = threading.Event()
+
+    def counting(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if isinstance(effect, Write) and effect.operation.asked == "recover":
+            looks.append("recover")
+            if len(looks) == 20:
+                enough.set()
+        return answer(effect)
+
+    coordinator.interpose = counting
+    with coordinator.worker(poll=0.01):
+        assert enough.wait(30)
+    assert log.get(1).epoch == before + 1
+
+
+# What cannot be undone here
+
+
+def test_an_undo_that_cannot_be_stored_leaves_its_saga_to_a_person(log: SagaLog) -> None:
+    shop = Shop(derive=lambda: Release(amount=float("nan")))
+    with SagaCoordinator(log, shop.bus) as coordinator, pytest.raises(SagaFailed) as failed:
+        coordinator.run(reserving(coordinator, fails=True), 1)
+    assert failed.value.outcome == "failed_compensation"
+    assert "0 (Reserve, succeeded)" in str(failed.value)
+
+
+def test_a_saga_whose_undo_is_async_is_left_to_an_async_coordinator(log: SagaLog) -> None:
+    shop = Shop(releases=False)
+
+    @shop.bus.handler
+    async def do_release(cmd: Release, step: StepInfo) -> None:
+        """Not called here."""
+
+    with SagaCoordinator(log, shop.bus) as coordinator:
+        with pytest.raises(SagaFailed) as failed:
+            coordinator.run(reserving(coordinator, fails=True), 1)
+        assert failed.value.outcome == "failed"
+        report = coordinator.recover()
+    assert [left.saga_id for left in report.left] == [1]
+    assert "async" in report.left[0].reason
+    assert log.get(1).recoveries == 0

@@ -21,7 +21,7 @@ from sagalog.coordinator.run import (
     reason_of,
     tried,
 )
-from sagalog.errors import SagaLogError, StepFailed, UnusableHandler
+from sagalog.errors import PayloadError, SagaLogError, StepFailed, UnusableHandler
 from sagalog.log import owning, reading
 from sagalog.moments import now_ms
 from sagalog.payload import encode
@@ -90,6 +90,8 @@ async def unwind(run: Run, reason: str) -> End:
         return End(run.state, reason, waits=str(unknown))
     except _Early as early:
         return End(run.state, reason, waits=str(early), until=early.until)
+    except PayloadError as unreadable:
+        return await to_person(run, f"{reason}; {unreadable}")
     except _Blocked as blocked:
         return await to_person(run, reason if str(blocked) == reason else f"{reason}; {blocked}")
     await run.written(owning.compensated(run.fence, reason))
@@ -122,8 +124,15 @@ def _handler(run: Run, step: Step) -> Handler:
     handler = run.handler_named(step.name)
     if handler is None:
         raise Unknown(f"no handler here takes the command {step.name!r} of step {step.index}")
-    check_callable(run.policy, handler)
+    _check_callable(run, handler)
     return handler
+
+
+def _check_callable(run: Run, handler: Handler) -> None:
+    try:
+        check_callable(run.policy, handler)
+    except UnusableHandler as error:
+        raise Unknown(f"this coordinator is not async, and the handler of {handler.name!r} is") from error
 
 
 def _refuse_unknown(run: Run) -> None:
@@ -179,7 +188,7 @@ async def _undo(run: Run, step: Step) -> None:
         undo_handler = run.policy.bus.handler_of(cmd)
     except UnusableHandler as error:
         raise Unknown(f"no handler here takes {type(cmd).__name__}, which undoes step {step.index}") from error
-    check_callable(run.policy, undo_handler)
+    _check_callable(run, undo_handler)
     undo = await begin_undo(run, undo_handler, cmd, [step])
     await _finish(run, undo_handler, undo, cmd, again=False)
 
