@@ -315,3 +315,160 @@ def test_a_saga_whose_undo_is_async_is_left_to_an_async_coordinator(log: SagaLog
     assert [left.saga_id for left in report.left] == [1]
     assert "async" in report.left[0].reason
     assert log.get(1).recoveries == 0
+
+
+# What is known of a step
+
+
+def test_a_timeout_is_no_rejection_whatever_the_handler_rejects_with(sqlite_path: Any) -> None:
+    """The request may have landed, so the step is undone."""
+    bus, asked = CommandBus(), []
+
+    @bus.handler(rejects=(OSError,), timeout=0.05, settle=0.0, on_unknown="compensate")
+    async def do_reserve(cmd: Reserve) -> Done:
+        asked.append("reserve")
+        await asyncio.Event().wait()
+        return Done()
+
+    @bus.compensation(Reserve)
+    def undo_reserve(cmd: Reserve, output: Done | None) -> Release:
+        return Release()
+
+    @bus.handler
+    async def do_release(cmd: Release) -> None:
+        asked.append("release")
+
+    async def main() -> None:
+        async with await AsyncSagaLog.open(sqlite_path) as log, AsyncSagaCoordinator(log, bus) as coordinator:
+
+            @coordinator.saga("reserving")
+            async def reserving(ctx: Any, order: int) -> None:
+                await ctx.dispatch(Reserve())
+
+            with pytest.raises(SagaFailed, match="is in doubt"):
+                await coordinator.run(reserving, 1)
+
+    asyncio.run(main())
+    assert asked == ["reserve", "release"]
+
+
+def test_an_async_handler_behind_a_plain_decorator_is_awaited(sqlite_path: Any) -> None:
+    bus = CommandBus()
+
+    def plain(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any) -> Any:
+            return function(*args)
+
+        return wrapper
+
+    @bus.handler(read_only=True)
+    @plain
+    async def do_reserve(cmd: Reserve) -> Done:
+        return Done()
+
+    async def main() -> Done:
+        async with await AsyncSagaLog.open(sqlite_path) as log, AsyncSagaCoordinator(log, bus) as coordinator:
+
+            @coordinator.saga("reserving")
+            async def reserving(ctx: Any, order: int) -> Done:
+                done: Done = await ctx.dispatch(Reserve())
+                return done
+
+            answer: Done = await coordinator.run(reserving, 1)
+            return answer
+
+    assert asyncio.run(main()) == Done()
+
+
+def test_a_step_is_tried_as_often_as_its_handler_says_and_no_more(log: SagaLog) -> None:
+    def failing(step: StepInfo) -> Done:
+        raise RuntimeError("no answer")
+
+    shop = Shop(reserve=failing, retry=Retry(attempts=3, initial=0.0), settle=0.0)
+    with SagaCoordinator(log, shop.bus) as coordinator, pytest.raises(SagaFailed):
+        coordinator.run(reserving(coordinator), 1)
+    assert shop.verbs == ["reserve"] * 3
+
+
+def test_a_slow_write_before_a_step_does_not_end_its_saga(sqlite_path: Any) -> None:
+    shop = Shop(timeout=0.05, settle=0.0)
+    with SagaLog.open(sqlite_path) as log, SagaCoordinator(log, shop.bus) as coordinator:
+        saga = reserving(coordinator)
+
+        def waiting(effect: Any, answer: Callable[[Any], Any]) -> Any:
+            given = answer(effect)
+            if isinstance(effect, Write) and effect.operation.asked == "dispatch":
+                late = time.monotonic() + 0.1
+                while time.monotonic() < late:
+                    """The disk is slow."""
+            return given
+
+        coordinator.interpose = waiting
+        assert coordinator.run(saga, 5) == 5
+    assert shop.verbs == ["reserve"]
+
+
+def test_the_reason_of_a_rejection_is_the_same_on_a_resume(log: SagaLog) -> None:
+    def rejecting(step: StepInfo) -> Done:
+        raise StepRejected("sold \x00 out")
+
+    reasons: list[str] = []
+    shop = Shop(reserve=rejecting)
+    with SagaCoordinator(log, shop.bus, on_crash="resume") as coordinator:
+
+        @coordinator.saga("asking")
+        def asking(ctx: Any, order: int) -> None:
+            try:
+                ctx.dispatch(Reserve())
+            except StepFailed as failure:
+                reasons.append(failure.reason)
+            if len(reasons) == 1:
+                raise Killed
+
+        with pytest.raises(Killed):
+            coordinator.run(asking, 1)
+        assert coordinator.recover().completed == [1]
+    assert reasons[0] == reasons[1] == "sold \ufffd out"
+
+
+# Going on, and undoing by hand
+
+
+def test_a_resumed_function_that_undoes_before_it_did_what_the_log_holds_is_undone(log: SagaLog) -> None:
+    shop = Shop()
+    lives: list[int] = []
+    with SagaCoordinator(log, shop.bus, on_crash="resume") as coordinator:
+
+        @coordinator.saga("wavering")
+        def wavering(ctx: Any, order: int) -> None:
+            lives.append(1)
+            ctx.dispatch(Reserve())
+            if len(lives) == 1:
+                ctx.dispatch(Charge())
+                raise Killed
+            ctx.compensate(Release())
+
+        with pytest.raises(Killed):
+            coordinator.run(wavering, 1)
+        assert coordinator.recover().compensated == [1]
+    assert shop.verbs == ["reserve", "charge", "refund", "release"]
+
+
+def test_a_deadline_does_not_stop_an_undo_by_hand(log: SagaLog) -> None:
+    shop = Shop()
+    with SagaCoordinator(log, shop.bus) as coordinator:
+
+        @coordinator.saga("late", timeout=0.2)
+        def late(ctx: Any, order: int) -> None:
+            ctx.dispatch(Reserve())
+            deadline = log.get(ctx.saga_id).deadline_at
+            assert deadline is not None
+            while time.time() < deadline.timestamp():
+                """Time passes."""
+            ctx.compensate(Release())
+
+        with pytest.raises(SagaFailed, match="its time is up") as failed:
+            coordinator.run(late, 1)
+    assert failed.value.outcome == "compensated"
+    assert shop.asked[1:] == [("release", f"{shop.asked[0][1]}:undo")]

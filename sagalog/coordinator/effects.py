@@ -82,6 +82,10 @@ class Invoke(Effect[R]):
         return [given[word] for word in self.handler.signature.wants]
 
 
+class OutOfTime(Exception):
+    """A handler was stopped at its timeout: never a rejection, whatever types its `rejects=` names."""
+
+
 class Sleep(Effect[None]):
     """Wait so many seconds, with nothing held."""
 

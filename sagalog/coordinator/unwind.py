@@ -15,6 +15,7 @@ from sagalog.coordinator.run import (
     Run,
     Step,
     check_callable,
+    differs,
     fail,
     known,
     may_try,
@@ -116,7 +117,8 @@ async def _reload(run: Run) -> None:
     for stored in record.steps:
         step = Step.of(stored)
         before = run.steps.get(step.index)
-        step.cmd = None if before is None else before.cmd
+        if before is not None:
+            step.cmd, step.tries = before.cmd, before.tries
         run.steps[step.index] = step
 
 
@@ -290,11 +292,16 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
             undone; nothing was written.
         StepFailed: The undo was refused or stays in doubt.
     """
-    run.refuse_stopped()
+    run.refuse_stopped(undoing=True)
     handler = run.policy.bus.handler_of(cmd)
     check_callable(run.policy, handler)
+    if run.replay:
+        index = min(run.replay)
+        problem = (
+            f"the log holds step {index}, and the function undoes with {handler.name} before it asked for it again"
+        )
+        raise run.stop(differs(run, index, problem))
     undone = _chosen(run, cmd, undoes)
-    run.replay.clear()
     undo = await begin_undo(run, handler, cmd, undone)
     try:
         return await undo_until_known(run, handler, undo, cmd, handler.retry or _DEFAULT)
