@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import sqlite3
 import sys
 import threading
 import time
@@ -472,3 +471,131 @@ def test_a_deadline_does_not_stop_an_undo_by_hand(log: SagaLog) -> None:
             coordinator.run(late, 1)
     assert failed.value.outcome == "compensated"
     assert shop.asked[1:] == [("release", f"{shop.asked[0][1]}:undo")]
+
+
+# Registration
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rejects": "CardDeclined"},
+        {"rejects": (KeyboardInterrupt,)},
+        {"timeout": float("inf")},
+        {"timeout": float("nan")},
+        {"settle": float("nan")},
+        {"retry": 5},
+    ],
+)
+def test_what_would_only_fail_while_a_step_is_done_is_refused_at_registration(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UnusableHandler):
+        Shop(**arguments)
+
+
+def test_rejections_may_be_listed() -> None:
+    Shop(rejects=[ValueError])
+
+
+def test_a_handler_is_never_given_the_key_in_place_of_its_own_parameter() -> None:
+    bus = CommandBus()
+    with pytest.raises(UnusableHandler, match="comes after 'loud'"):
+
+        @bus.handler
+        def do_reserve(cmd: Reserve, loud: bool = False, step: StepInfo | None = None) -> Done:
+            return Done()
+
+
+def test_a_handler_may_take_its_info_optionally(log: SagaLog) -> None:
+    bus, keys = CommandBus(), []
+
+    @bus.handler(read_only=True, retry=Retry())
+    def do_reserve(cmd: Reserve, step: StepInfo | None = None) -> Done:
+        keys.append(None if step is None else step.idempotency_key)
+        return Done()
+
+    with SagaCoordinator(log, bus) as coordinator:
+        coordinator.run(reserving(coordinator), 1)
+    assert keys[0] is not None
+
+
+def test_an_async_compensation_is_refused() -> None:
+    bus = CommandBus()
+    with pytest.raises(UnusableHandler, match="async"):
+
+        @bus.compensation(Reserve)
+        async def undo_reserve(cmd: Reserve, output: Done) -> Release:
+            return Release()
+
+
+# Transactional handlers
+
+
+@pytest.fixture
+def engine(migrated_url: str) -> Iterator[Engine]:
+    engine = create_engine(migrated_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE stock (amount INTEGER)"))
+    yield engine
+    engine.dispose()
+
+
+def test_a_transactional_handler_cannot_commit_without_its_step(engine: Engine) -> None:
+    bus, undone = CommandBus(), []
+
+    @bus.handler(transactional=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Done:
+        session.execute(text("INSERT INTO stock VALUES (1)"))
+        session.commit()
+        raise ValueError("too late")
+
+    @bus.compensation(Reserve)
+    def undo_reserve(cmd: Reserve, output: Done) -> Release:
+        return Release()
+
+    @bus.handler
+    def do_release(cmd: Release) -> None:
+        undone.append(cmd)
+
+    with SagaCoordinator(SagaLog(engine), bus) as coordinator, pytest.raises(SagaFailed, match="commit") as failed:
+        coordinator.run(reserving(coordinator), 1)
+    assert failed.value.outcome == "compensated"
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM stock")).scalar_one() == 0
+
+
+def test_a_transactional_handler_may_use_savepoints_and_flush(engine: Engine) -> None:
+    bus = CommandBus()
+
+    @bus.handler(transactional=True, pivot=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Done:
+        with session.begin_nested():
+            session.execute(text("INSERT INTO stock VALUES (1)"))
+        session.flush()
+        return Done()
+
+    with SagaCoordinator(SagaLog(engine), bus) as coordinator:
+        assert coordinator.run(reserving(coordinator), 1) == 1
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM stock")).scalar_one() == 1
+
+
+# Submitting
+
+
+def test_an_input_that_no_worker_could_read_is_not_submitted(log: SagaLog) -> None:
+    coordinator = SagaCoordinator(log, Shop().bus)
+    saga = reserving(coordinator)
+    with pytest.raises(PayloadError, match="a str is no input of it"):
+        coordinator.submit(saga, "a lamp")
+    with pytest.raises(PayloadError, match="a NoneType is no input of it"):
+        coordinator.submit(saga)
+    assert log.max_saga_id() == 0
+
+
+def test_a_copy_of_a_log_whose_process_never_recovered_knows_its_environment(log: SagaLog) -> None:
+    from sagalog.errors import WrongEnvironment
+
+    with SagaCoordinator(log, Shop().bus, environment="production") as production:
+        production.run(reserving(production), 1)
+    with SagaCoordinator(log, Shop().bus, environment="staging") as staging, pytest.raises(WrongEnvironment):
+        staging.recover()

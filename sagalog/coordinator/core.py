@@ -107,6 +107,8 @@ class Core:
     async def registered(self) -> None:
         """Hold the lease before anything is owned under it."""
         if self.executor.is_due():
+            if self.environment is not None and not self.executor.is_registered:
+                await Write(claiming.environment(self.environment))  # a copy of this log will know it by that
             await Write(self.executor.renewal())
             self.executor.renewed()
 
@@ -185,6 +187,7 @@ class Core:
     ) -> Operation[Drawn]:
         """What submits a saga, in whichever transaction."""
         text = _input_text(definition, input, key)
+        definition.check_input(input, text)
         return owning.begin_saga(
             definition.name,
             text,

@@ -246,6 +246,8 @@ async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bo
     """Call an undo's handler until it is done, and mark what it undid with it, in one transaction."""
     retry = handler.retry or _DEFAULT
     if again:
+        if undo.tries:
+            raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is in doubt")
         if not (run.again or may_try(undo, retry)):
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
         undo.deadline_at = now_ms() + int((handler.timeout + handler.settle) * 1000)
