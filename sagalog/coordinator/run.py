@@ -303,10 +303,10 @@ async def tried(
     while True:
         due = now_ms() + int(handler.timeout * 1000)
         info = StepInfo(run.saga_id, step.index, attempt, from_ms(due), key, compensates)
-        ended = _ending_of(run, step, undo=compensates is not None) if transactional else None
+        ending = _Ending(run, step, undo=compensates is not None) if transactional else None
         await _keep_up(run, handler, step)
         try:
-            value: Any = await Invoke(handler, cmd, info, run.fence, ended)
+            value: Any = await Invoke(handler, cmd, info, run.fence, ending)
         except owning.AlreadyEnded as found:
             text = found.output_json or "[]"
             return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
@@ -319,6 +319,8 @@ async def tried(
                 return Refused(reason_of(error), error)
             failed = error
         else:
+            if ending is not None:
+                return Succeeded(value, ending.text)
             try:
                 return Succeeded(value, encode(events_of(value), handler.name, run.saga_id, step.index))
             except PayloadError as error:
@@ -355,10 +357,19 @@ async def _note_doubt(run: Run, handler: Handler, step: Step, error: BaseExcepti
     await run.written(owning.doubt_step(run.fence, step.index, reason_of(error), step.deadline_at))
 
 
-def _ending_of(run: Run, step: Step, *, undo: bool) -> Callable[[Any], Operation[None]]:
-    """What commits with a transactional handler's writes."""
-    end = owning.end_undo_once if undo else owning.finish_step_once
-    return lambda value: end(run.fence, step.index, events_of(value))
+class _Ending:
+    """Makes what commits with a transactional handler's writes; of its answer as it is before that commit."""
+
+    def __init__(self, run: Run, step: Step, *, undo: bool) -> None:
+        self._end = owning.end_undo_once if undo else owning.finish_step_once
+        self._run = run
+        self._step = step
+        self.text = "[]"
+
+    def __call__(self, value: Any) -> Operation[None]:
+        fence, step = self._run.fence, self._step
+        self.text = encode(events_of(value), step.name, fence.saga_id, step.index)
+        return self._end(fence, step.index, self.text)
 
 
 def retry_of(handler: Handler) -> Retry:
