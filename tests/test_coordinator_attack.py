@@ -29,7 +29,7 @@ from sagalog import (
     StepRejected,
 )
 from sagalog.coordinator.effects import Write
-from sagalog.errors import PayloadError, UnusableHandler
+from sagalog.errors import LogUnavailable, PayloadError, UnusableHandler
 
 
 class Reserve(BaseModel):
@@ -622,3 +622,77 @@ def test_a_copy_of_a_log_whose_process_never_recovered_knows_its_environment(log
         production.run(reserving(production), 1)
     with SagaCoordinator(log, Shop().bus, environment="staging") as staging, pytest.raises(WrongEnvironment):
         staging.recover()
+
+
+# Starts and ends
+
+
+def test_a_start_whose_answer_was_lost_is_recognised(log: SagaLog) -> None:
+    shop = Shop()
+    with SagaCoordinator(log, shop.bus) as coordinator:
+        saga = reserving(coordinator)
+        lost: list[int] = []
+
+        def losing(effect: Any, answer: Callable[[Any], Any]) -> Any:
+            given = answer(effect)
+            if isinstance(effect, Write) and effect.operation.asked == "run" and not lost:
+                lost.append(1)
+                raise LogUnavailable("run", "the connection ended before the answer")
+            return given
+
+        coordinator.interpose = losing
+        assert coordinator.run(saga, 5, key="order-5") == 5
+    assert lost == [1]
+    assert shop.verbs == ["reserve"]
+    assert log.max_saga_id() == 1
+
+
+def test_a_start_that_is_cancelled_is_recovered_by_another_process(sqlite_path: Any) -> None:
+    bus = CommandBus()
+
+    async def main() -> list[int]:
+        async with (
+            await AsyncSagaLog.open(sqlite_path) as log,
+            AsyncSagaCoordinator(log, bus) as here,
+            AsyncSagaCoordinator(log, bus) as there,
+        ):
+
+            async def empty(ctx: Any, order: int) -> None:
+                """Never begun."""
+
+            here.saga("empty")(empty)
+            there.saga("empty")(empty)
+
+            async def cancelling(effect: Any, answer: Callable[[Any], Any]) -> Any:
+                given = await answer(effect)
+                if isinstance(effect, Write) and effect.operation.asked == "run":
+                    raise asyncio.CancelledError
+                return given
+
+            here.interpose = cancelling
+            with pytest.raises(asyncio.CancelledError):
+                await here.run(empty, 1)
+            return (await there.recover()).compensated
+
+    assert asyncio.run(main()) == [1]
+
+
+def test_a_worker_that_is_shut_down_while_a_handler_hangs_gives_up_its_lease(log: SagaLog) -> None:
+    hangs, woken = threading.Event(), threading.Event()
+
+    def hanging(step: StepInfo) -> Done:
+        hangs.set()
+        woken.wait()
+        return Done()
+
+    shop = Shop(reserve=hanging)
+    coordinator = SagaCoordinator(log, shop.bus)
+    submitted = coordinator.submit(reserving(coordinator), 1)
+    worker = coordinator.worker()
+    worker.start()
+    assert hangs.wait(30)
+    worker.shutdown(grace=0.0)
+    left = [thread.name for thread in threading.enumerate() if thread.name == "sagalog-lease"]
+    woken.set()
+    assert left == []
+    assert log.get(submitted).executor_id is None

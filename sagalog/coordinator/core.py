@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Sleep, Write
 from sagalog.coordinator.lease import Executor
 from sagalog.coordinator.recover import Left, OnCrash, Recovery, RecoveryReport, finish_claimed, forward_or_back
-from sagalog.coordinator.run import Policy, Run
+from sagalog.coordinator.run import Policy, Run, at_last
 from sagalog.coordinator.saga import execute
 from sagalog.errors import (
     LeaseLost,
@@ -127,20 +127,34 @@ class Core:
             deadline_at=deadline,
             token=token,
         )
-        begun = await self._taking(beginning, lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None)
+        try:
+            begun = await self._taking(
+                at_last(beginning), lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None
+            )
+        except BaseException as error:
+            if isinstance(error, LogUnavailable) or not isinstance(error, Exception | GeneratorExit):
+                await self._not_begun(token)
+            raise
         if not begun.created:
             return await self.outcome(definition, begun.saga_id)
         fence = Fence(begun.saga_id, 1)
         run = Run(self.policy, definition, fence, token, name=definition.name, deadline_at=deadline)
         return await self.owning(fence, execute, run, definition, input)
 
-    async def _taking(self, operation: Operation[T], fence_of: Callable[[T], Fence | None]) -> T:
+    async def _not_begun(self, token: str) -> None:
+        """It may be in the log all the same, and nobody here works on it."""
+        try:
+            await Write(owning.release_begun(token, self.executor.executor_id))
+        except Exception as error:
+            _log.warning("a saga may have been begun, and could not be given back: %s", error)
+
+    async def _taking(self, writing: Awaitable[T], fence_of: Callable[[T], Fence | None]) -> T:
         """Make a saga this process's; until the answer is here, no other thread takes it for one that was left."""
         executor, ticket = self.executor, object()
         coming, active = executor.coming, executor.active
         coming.add(ticket)
         try:
-            answer: T = await Write(operation)
+            answer: T = await writing
             fence = fence_of(answer)
             if fence is not None:
                 active[fence.saga_id] = fence
@@ -150,7 +164,7 @@ class Core:
 
     async def _claimed(self, claim: Operation[bool], fence: Fence) -> bool:
         try:
-            return await self._taking(claim, lambda won: fence if won else None)
+            return await self._taking(Write(claim), lambda won: fence if won else None)
         except LogUnavailable:
             self.executor.strand(fence)  # it may be this process's all the same
             raise

@@ -84,9 +84,10 @@ class Executor:
     def renewed(self) -> None:
         """The lease was written; the thread takes over, if it can."""
         self._renew_at = time.monotonic() + self.lease / 3
-        if self._registered:
-            return
-        self._registered = True
+        with self._wake:
+            if self._registered:
+                return
+            self._registered = True
         apart = self._apart()
         if apart is not None:
             self._thread = threading.Thread(target=self._keep, args=(apart,), name="sagalog-lease", daemon=True)

@@ -234,7 +234,7 @@ class Run:
             # A forked child knows the parent's epoch, and is not the parent.
             raise self.stop(LeaseLost(operation.asked, self.saga_id, epoch=self.fence.epoch, found=self.fence.epoch))
         try:
-            return await self._written_at_last(operation)
+            return await at_last(operation)
         except (LeaseLost, LogUnavailable) as error:
             raise self.stop(error) from error.__cause__
         except owning.CancelAsked as asked:
@@ -242,17 +242,19 @@ class Run:
             problem = f"it was asked to cancel: {asked.reason}"
             raise self.stop(Stopped(name, problem, saga_id=self.saga_id, found="cancel", outcome="")) from None
 
-    async def _written_at_last(self, operation: Operation[R]) -> R:
-        for wait in (*_WAITS_FOR_THE_LOG, None):
-            try:
-                answer: R = await Write(operation)
-            except LogUnavailable:
-                if wait is None:
-                    raise
-                await Sleep(wait)
-            else:
-                return answer
-        raise AssertionError("the last try returns or raises")
+
+async def at_last(operation: Operation[R]) -> R:
+    """Write what may be repeated: a log that is out of reach for a moment is waited for."""
+    for wait in (*_WAITS_FOR_THE_LOG, None):
+        try:
+            answer: R = await Write(operation)
+        except LogUnavailable:
+            if wait is None:
+                raise
+            await Sleep(wait)
+        else:
+            return answer
+    raise AssertionError("the last try returns or raises")
 
 
 @dataclass(frozen=True, slots=True)
