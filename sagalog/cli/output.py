@@ -107,7 +107,7 @@ def table(*headings: str, right: Sequence[str] = (), whole: Sequence[str] = ()) 
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    made = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, header_style="bold")
     for heading in headings:
         side: Literal["left", "right"] = "right" if heading in right else "left"
         made.add_column(heading, justify=side, overflow="fold", no_wrap=heading in (*right, *whole))

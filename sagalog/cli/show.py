@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sagalog import AuditRecord, SagaRecord, StepRecord
 
-_BAR = 32
+_BAR = 24
 
 
 def register(app: typer.Typer) -> None:
@@ -92,9 +92,8 @@ def _timeline(saga: SagaRecord, mark: str) -> Table:
     start = min(saga.started_at, *(step.started_at for step in saga.steps))
     ends = [step.ended_at or step.started_at for step in saga.steps]
     end = max(*ends, saga.terminal_at or (datetime.now(UTC) if saga.state in _MOVING else ends[0]), ends[0])
-    shown = table(
-        "step", "name", "state", "after", "took", "timeline", "", right=("step", "after", "took"), whole=("state",)
-    )
+    headings = ("step", "name", "state", "after", "took", "timeline", "")
+    shown = table(*headings, right=("step", "after", "took"), whole=("state", "timeline"))
     for step in saga.steps:
         took = "" if step.ended_at is None else shown_duration(step.ended_at - step.started_at)
         after = shown_duration(step.started_at - start)
