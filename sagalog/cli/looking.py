@@ -148,7 +148,7 @@ def _draw(settings: Settings, every: float, limit: int, looks: int | None) -> No
                     sleep(every)
                 screen.print(_view(log, limit, screen.width))
             return
-        with Live(_view(log, limit, screen.width), console=screen, auto_refresh=False, screen=looks is None) as live:
+        with Live(console=screen, auto_refresh=False, screen=looks is None) as live:
             for look in _looks(looks):
                 if look:
                     sleep(every)
