@@ -1,4 +1,4 @@
-"""A durable saga log for SQLAlchemy applications.
+"""A durable saga log for SQLAlchemy applications, and a coordinator that runs, undoes and recovers sagas over it.
 
 Every name is loaded when it is first asked for: the command line, a test run's
 plugin and a worker that only looks at errors pay for what they use.
@@ -8,6 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sagalog.coordinator.bus import CommandBus
+    from sagalog.coordinator.commands import Command, Compensates, Retry, StepInfo
+    from sagalog.coordinator.context import AsyncSagaContext, SagaContext
+    from sagalog.coordinator.recover import Left, RecoveryReport
+    from sagalog.coordinator.shells import AsyncSagaCoordinator, SagaCoordinator
     from sagalog.errors import (
         InvalidTransition,
         KeyConflict,
@@ -15,15 +20,22 @@ if TYPE_CHECKING:
         LogUnavailable,
         NotASagaLog,
         PayloadError,
+        RevisionRefused,
         SagaExists,
+        SagaFailed,
+        SagaInProgress,
         SagaLogError,
         SagaNotFound,
         SchemaMissing,
         SchemaOutOfDate,
         SchemaTooNew,
         StepExists,
+        StepFailed,
         StepNotFound,
+        StepRejected,
         UnusableBind,
+        UnusableHandler,
+        WrongEnvironment,
     )
     from sagalog.log.facade import AsyncSagaLog, SagaLog
     from sagalog.models import Saga, SagaAudit, SagaExecutor, SagaStep
@@ -41,19 +53,32 @@ if TYPE_CHECKING:
     from sagalog.states import SagaState, StepState
 
 __all__ = [
+    "AsyncSagaContext",
+    "AsyncSagaCoordinator",
     "AsyncSagaLog",
     "AuditRecord",
+    "Command",
+    "CommandBus",
+    "Compensates",
     "ExecutorRecord",
     "InvalidTransition",
     "KeyConflict",
     "LeaseLost",
+    "Left",
     "LogUnavailable",
     "NotASagaLog",
     "PayloadError",
+    "RecoveryReport",
+    "Retry",
+    "RevisionRefused",
     "Saga",
     "SagaAudit",
+    "SagaContext",
+    "SagaCoordinator",
     "SagaExecutor",
     "SagaExists",
+    "SagaFailed",
+    "SagaInProgress",
     "SagaLog",
     "SagaLogError",
     "SagaNotFound",
@@ -67,17 +92,49 @@ __all__ = [
     "SchemaTooNew",
     "StateCount",
     "StepExists",
+    "StepFailed",
+    "StepInfo",
     "StepNotFound",
     "StepRecord",
+    "StepRejected",
     "StepState",
     "UnresolvedSaga",
     "UnresolvedStep",
     "UnusableBind",
+    "UnusableHandler",
+    "WrongEnvironment",
 ]
 
 _HOMES = {
-    "sagalog.log.facade": ("AsyncSagaLog", "SagaLog"),
-    "sagalog.models": ("Saga", "SagaAudit", "SagaExecutor", "SagaStep"),
+    "sagalog.coordinator.bus": ("CommandBus",),
+    "sagalog.coordinator.commands": (
+        "Command",
+        "Compensates",
+        "Retry",
+        "StepInfo",
+    ),
+    "sagalog.coordinator.context": (
+        "AsyncSagaContext",
+        "SagaContext",
+    ),
+    "sagalog.coordinator.recover": (
+        "Left",
+        "RecoveryReport",
+    ),
+    "sagalog.coordinator.shells": (
+        "AsyncSagaCoordinator",
+        "SagaCoordinator",
+    ),
+    "sagalog.log.facade": (
+        "AsyncSagaLog",
+        "SagaLog",
+    ),
+    "sagalog.models": (
+        "Saga",
+        "SagaAudit",
+        "SagaExecutor",
+        "SagaStep",
+    ),
     "sagalog.records": (
         "AuditRecord",
         "ExecutorRecord",
@@ -89,7 +146,10 @@ _HOMES = {
         "UnresolvedSaga",
         "UnresolvedStep",
     ),
-    "sagalog.states": ("SagaState", "StepState"),
+    "sagalog.states": (
+        "SagaState",
+        "StepState",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -86,6 +86,9 @@ FINAL: Final = (_S.COMPLETED, _S.COMPENSATED, _S.ABANDONED)
 UNRESOLVED: Final = (_S.RUNNING, _S.COMPENSATING, _S.FAILED)
 """What `unresolved_sagas` lists: a coordinator, or recovery, owes these something."""
 
+ATTENTION: Final = (_S.SUBMITTED, _S.FAILED_COMPENSATION, _S.ABANDONED)
+"""What waits for a worker or a person, or was given up: an index of its own keeps these quick to find."""
+
 OPEN_FOR_STEPS: Final = (_S.RUNNING, _S.COMPENSATING)
 """A step may be started in these."""
 

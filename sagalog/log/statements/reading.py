@@ -9,9 +9,7 @@ from sqlalchemy import Select, and_, func, literal_column, select
 
 from sagalog.log.statements.clause import Statement, bind, literal, one_of
 from sagalog.log.statements.tables import Tables
-from sagalog.states import UNRESOLVED, SagaState, StepState
-
-ATTENTION = (SagaState.SUBMITTED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED)
+from sagalog.states import ATTENTION, UNRESOLVED, StepState
 
 
 class ReadingStatements(Tables):
