@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sagalog.cli import acting, diag, looking, schema, show
+from sagalog.cli import acting, diag, looking, schema, scripts, show
 from sagalog.cli.output import Form, chosen_form
 from sagalog.cli.settings import read_settings
 from sagalog.cli.usage import GLOBAL_OPTIONS, SagalogGroup
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (diag, looking, show, acting, schema):
+for group in (diag, looking, show, acting, schema, scripts):
     group.register(app)
 
 
