@@ -66,7 +66,10 @@ def print_json(form: Form, value: Any) -> None:
     """One document; or with `jsonl` one line, or a line for each item of a list."""
     items = value if form is Form.JSONL and isinstance(value, list) else [value]
     for item in items:
-        typer.echo(json.dumps(_plain(item), indent=2 if form is Form.JSON else None))
+        text = (
+            json.dumps(_plain(item), indent=2) if form is Form.JSON else json.dumps(_plain(item), separators=(",", ":"))
+        )
+        typer.echo(text)
 
 
 def _plain(value: Any) -> Any:
