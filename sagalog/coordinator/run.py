@@ -105,6 +105,7 @@ class Run:
         stopped: Why it may not go on; every further call of its context raises it, whatever the function catches.
         state: The saga's state, as this process knows it.
         patient: Whether to wait until nothing of a step in doubt can be under way; recovery leaves the saga instead.
+        again: Whether an operator wants what is in doubt to be sent again, once, under its key.
         reached_pivot: Whether it only goes forward.
     """
 
@@ -120,6 +121,7 @@ class Run:
         deadline_at: int | None = None,
         steps: Sequence[Step] = (),
         patient: bool = True,
+        again: bool = False,
     ) -> None:
         self.policy = policy
         self.definition = definition
@@ -129,6 +131,7 @@ class Run:
         self.state = state
         self.deadline_at = deadline_at
         self.patient = patient
+        self.again = again
         self.steps: dict[int, Step] = {step.index: step for step in steps}
         self.stopped: BaseException | None = None
         self.over = False
@@ -536,7 +539,7 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     retry = handler.retry
     if did_nothing and not forward:
         outcome: Outcome = Refused("its process died before it was done", Stopped("", ""))
-    elif did_nothing or (retry is not None and may_try(step, retry)):
+    elif did_nothing or run.again or (retry is not None and may_try(step, retry)):
         step.deadline_at = _due(handler)
         await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
         outcome = await tried(run, handler, step, cmd, retry_of(handler))

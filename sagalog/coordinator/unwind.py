@@ -235,7 +235,7 @@ async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bo
     """Call an undo's handler until it is done, and mark what it undid with it, in one transaction."""
     retry = handler.retry or _DEFAULT
     if again:
-        if not may_try(undo, retry):
+        if not (run.again or may_try(undo, retry)):
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
         undo.deadline_at = now_ms() + int((handler.timeout + handler.settle) * 1000)
         await run.written(owning.try_again(run.fence, undo.index, undo.deadline_at))
