@@ -4,7 +4,9 @@
 statuses, `settings` says which database is meant, `connect` opens it, `output`
 prints. One module for each group of commands: `diag`, `looking`, `show`,
 `acting`, `schema`, `scripts`. They stand on the public names of `sagalog`, and load them, and
-SQLAlchemy with them, only once a command runs: help has to be quick.
+SQLAlchemy with them, only once a command runs: help has to be quick. For the
+same reason a module of commands has no `from __future__ import annotations`:
+Typer evaluates such strings again and again.
 """
 
 from __future__ import annotations

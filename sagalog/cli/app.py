@@ -1,7 +1,5 @@
 """The application: what stands before a command, and the groups of commands."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`list` and `watch`: sagas as lines of a table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from time import sleep
@@ -73,7 +71,7 @@ def list_sagas(
         console(stderr=True).print(f"There may be more: add --before {found[-1].saga_id}.", style="dim")
 
 
-def saga_table(found: Iterable[SagaSnapshot], width: int) -> Table:
+def saga_table(found: "Iterable[SagaSnapshot]", width: int) -> "Table":
     """Sagas for people, one a line; the start and the key only where there is room."""
     now = datetime.now(UTC)
     roomy = width >= _ROOMY
@@ -162,7 +160,7 @@ def _looks(looks: int | None) -> Iterable[int]:
         look += 1
 
 
-def _view(log: SagaLog, limit: int, width: int) -> Group:
+def _view(log: "SagaLog", limit: int, width: int) -> "Group":
     from rich.console import Group
     from rich.text import Text
 

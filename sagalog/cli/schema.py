@@ -1,7 +1,5 @@
 """`upgrade`, `downgrade`, `current`, `check`: the schema of the tables."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`sql` and `alembic-revision`: the migrations written down, for those who run them in another way."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from pathlib import Path
