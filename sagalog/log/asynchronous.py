@@ -72,6 +72,11 @@ class GreenletBind:
         self._bind = bind
         self._dispose = dispose
 
+    @property
+    def bind(self) -> Bind:
+        """The sync bind."""
+        return self._bind
+
     async def perform(self, operation: Operation[R]) -> R:
         """See `AsyncBind`."""
         return await decided(greenlet_spawn(self._bind.perform, operation))
@@ -123,6 +128,11 @@ class ThreadBind:
         # executor, they could fill it, and the one that holds the log would find no thread to go on.
         self._unit_turn = asyncio.Lock()
         self._unit_thread = ThreadPoolExecutor(1, thread_name_prefix="sagalog-unit")
+
+    @property
+    def file(self) -> FileBind:
+        """The file road."""
+        return self._file
 
     async def perform(self, operation: Operation[R]) -> R:
         """See `AsyncBind`."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVa
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.orm import Session, scoped_session
 
-from sagalog.log import operating, pruning, reading, sagas, steps
+from sagalog.log import operating, pruning, reading, sagas, steps, watching
 from sagalog.log.bind import Bind
 from sagalog.log.connections import Durability
 from sagalog.log.database import Operation
@@ -30,6 +30,7 @@ from sagalog.log.opening import (
 )
 from sagalog.log.statements import statements_at
 from sagalog.placement import Placement
+from sagalog.urls import shown_url
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
@@ -126,7 +127,7 @@ class SagaLog:
             return cls._over(open_file(path, checked_durability(durability), migrate=migrate))
         assert url is not None
         engine = create_engine(url)
-        prepare_schema(engine, migrate=migrate, name=url.render_as_string())
+        prepare_schema(engine, migrate=migrate, name=shown_url(url))
         return cls._over(EngineBind(engine, statements_at(Placement()), owned=True))
 
     @classmethod
@@ -167,11 +168,17 @@ class SagaLog:
     find = _performs(reading.find)
     counts = _performs(reading.counts)
     audit = _performs(reading.audit)
-    request_cancel = _performs(sagas.request_cancel)
+    state_counts = _performs(watching.state_counts)
+    executors = _performs(watching.executors)
+    size = _performs(watching.size)
+    prunable = _performs(pruning.prunable)
+    request_cancel = _performs(operating.request_cancel)
     resolve = _performs(operating.resolve)
     resolve_step = _performs(operating.resolve_step)
 
-    def prune(self, *, keep_last: int = 1000, older_than: timedelta = timedelta(days=7)) -> int:
+    def prune(
+        self, *, keep_last: int = 1000, older_than: timedelta = timedelta(days=7), limit: int | None = None
+    ) -> int:
         """Delete sagas that ended, outside both limits, in batches; the newest saga always stays.
 
         Their steps, audit rows and keys go with them; their ids are never used again.
@@ -179,14 +186,17 @@ class SagaLog:
         Args:
             keep_last: So many of the most recent sagas stay, whatever their age.
             older_than: What ended, or started, more recently than this stays.
+            limit: At most so many, the oldest first; None for all.
 
         Returns:
             How many sagas were deleted.
         """
         total = 0
-        while (deleted := self._bind.perform(pruning.prune_batch(keep_last=keep_last, older_than=older_than))) > 0:
+        while (size := pruning.next_batch(total, limit)) > 0:
+            batch = pruning.prune_batch(size, keep_last=keep_last, older_than=older_than)
+            deleted = self._bind.perform(batch)
             total += deleted
-            if deleted < pruning.BATCH:
+            if deleted < size:
                 break
         return total
 
@@ -248,7 +258,7 @@ class AsyncSagaLog:
         try:
             from sqlalchemy.util import greenlet_spawn
 
-            await greenlet_spawn(prepare_schema, engine.sync_engine, migrate=migrate, name=url.render_as_string())
+            await greenlet_spawn(prepare_schema, engine.sync_engine, migrate=migrate, name=shown_url(url))
         except BaseException:
             await engine.dispose()
             raise
@@ -290,18 +300,24 @@ class AsyncSagaLog:
     find = _awaits(reading.find)
     counts = _awaits(reading.counts)
     audit = _awaits(reading.audit)
-    request_cancel = _awaits(sagas.request_cancel)
+    state_counts = _awaits(watching.state_counts)
+    executors = _awaits(watching.executors)
+    size = _awaits(watching.size)
+    prunable = _awaits(pruning.prunable)
+    request_cancel = _awaits(operating.request_cancel)
     resolve = _awaits(operating.resolve)
     resolve_step = _awaits(operating.resolve_step)
 
-    async def prune(self, *, keep_last: int = 1000, older_than: timedelta = timedelta(days=7)) -> int:
+    async def prune(
+        self, *, keep_last: int = 1000, older_than: timedelta = timedelta(days=7), limit: int | None = None
+    ) -> int:
         """See `SagaLog.prune`."""
         total = 0
-        while (
-            deleted := await self._bind.perform(pruning.prune_batch(keep_last=keep_last, older_than=older_than))
-        ) > 0:
+        while (size := pruning.next_batch(total, limit)) > 0:
+            batch = pruning.prune_batch(size, keep_last=keep_last, older_than=older_than)
+            deleted = await self._bind.perform(batch)
             total += deleted
-            if deleted < pruning.BATCH:
+            if deleted < size:
                 break
         return total
 

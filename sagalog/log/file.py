@@ -50,11 +50,27 @@ class FileBind:
         self.name = path or "a database in memory"
         self._path = path
         self._sql = sql
+        self._durability: Durability = durability
         self._leads_for_fork = False
         self._turns = Turns()
         self._read_lock = threading.Lock()
         self._connections = Connections(path, sql, durability, fill)
         tell_of_forks(self)
+
+    @property
+    def path(self) -> str | None:
+        """The file; None in memory."""
+        return self._path
+
+    @property
+    def sql(self) -> Statements:
+        """The statements."""
+        return self._sql
+
+    @property
+    def durability(self) -> Durability:
+        """ "full" or "normal"."""
+        return self._durability
 
     def _lead(self, ticket: Ticket[Any] | None) -> bool:
         return self._turns.lead(ticket, 2 * BUSY_TIMEOUT_MS / 1000)

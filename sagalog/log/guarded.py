@@ -79,7 +79,10 @@ class Decided(Operation[None]):
         if self.kind is Kind.LOCKED:
             lock_saga(db, self.asked, self.saga_id)
         self._values["at_"] = db.now()
-        return db.write(self._statement(db.sql), self._values) == 1
+        return db.write(self._chosen(db), self._values) == 1
+
+    def _chosen(self, db: Database) -> Statement:
+        return self._statement(db.sql)
 
 
 def lock_saga(db: Database, asked: str, saga_id: int) -> None:

@@ -8,18 +8,19 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from operator import attrgetter
+from typing import Any, NamedTuple
 
-from sagalog.errors import InvalidTransition, KeyConflict, LogUnavailable, PayloadError, SagaExists, SagaLogError
+from sagalog.errors import KeyConflict, LogUnavailable, PayloadError, SagaExists, SagaLogError
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.guarded import TRIES, Changed, Decided, head_of, refused_by_saga, saga_refused, steps_in_the_way
+from sagalog.log.guarded import TRIES, Changed, Decided, head_of, saga_refused, steps_in_the_way
 from sagalog.log.statements import Statement, Statements
+from sagalog.log.statements.sagas import SagaStatements
 from sagalog.payload import MAX_SAGA_ID, Payload, check_saga_id, check_text, encode, printable
 from sagalog.records import SagaOutcome
-from sagalog.states import CANCELLABLE, OUTSTANDING, SagaState, saga_sources
+from sagalog.states import OUTSTANDING, SagaState, saga_sources
 
 _mark_compensating = attrgetter("mark_compensating")
 _mark_failed_compensation = attrgetter("mark_failed_compensation")
-_request_cancel = attrgetter("request_cancel")
 
 
 def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
@@ -40,7 +41,7 @@ def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
     check_saga_id(saga_id, asked)
     check_text(name, "name", asked, saga_id)
     text = encode(input, asked, saga_id)
-    token = _new_token()
+    token = new_token()
 
     def run(db: Database) -> None:
         values = {"id_": saga_id, "name_": name, "input_": text, "token_": token, "at_": db.now()}
@@ -79,33 +80,71 @@ def create_saga(name: str, input: Payload, *, key: str | None = None) -> Operati
     if key is not None:
         check_text(key, "key", asked)
     text = encode(input, asked)
-    token = _new_token()
+    values = {"name_": name, "input_": text, "token_": new_token(), "key_": key}
+    return Call(asked, Kind.INSERT, NewSaga(asked, values, _plain_statements).id_of, None)
 
-    def run(db: Database) -> int:
-        statement = db.sql.create_saga_postgres if db.on_postgres else db.sql.create_saga_sqlite
+
+class Drawn(NamedTuple):
+    """A saga that was created, or that its key found."""
+
+    saga_id: int
+    created: bool
+    state: str
+
+
+class NewSaga:
+    """Draws an id and inserts; what is run again after a lost answer finds its own row by its random token."""
+
+    def __init__(self, asked: str, values: dict[str, Any], sql: Callable[[Database], SagaStatements]) -> None:
+        self._asked = asked
+        self._values = values
+        self._sql = sql
+        self._sent = False
+
+    def id_of(self, db: Database) -> int:
+        """The saga's id alone."""
+        return self.drawn(db).saga_id
+
+    def drawn(self, db: Database) -> Drawn:
+        """Create the saga, or find the one of the key.
+
+        Raises:
+            PayloadError: There is no id left.
+            KeyConflict: The key was used with another input.
+        """
+        values = self._values
+        if self._sent:
+            for saga_id, state in db.fetch(db.sql.saga_of_token, token_=values["token_"]):
+                return Drawn(saga_id, created=True, state=state)
+        self._sent = True
+        sql = self._sql(db)
+        statement = sql.create_saga_postgres if db.on_postgres else sql.create_saga_sqlite
         for _ in range(TRIES):
-            made = db.fetch(statement, name_=name, input_=text, token_=token, key_=key, at_=db.now())
+            made = db.fetch(statement, **values, at_=db.now())
             if made:
                 db.writes += 1
-                created: int = made[0][0]
-                return created
-            if key is not None:
-                for saga_id, input_found, state in db.fetch(db.sql.saga_of_key, name_=name, key_=key):
-                    if input_found == text:
-                        found: int = saga_id
-                        return found
-                    raise KeyConflict(name, saga_id, state)
-            if db.fetch(db.sql.highest_id)[0][0] >= MAX_SAGA_ID:
-                raise PayloadError(
-                    asked,
-                    f"saga_id {MAX_SAGA_ID} is taken, and there is no id after it",
-                    hint="Whoever chose that id chose the last one; use start_saga() with free ids.",
-                )
-            if db.on_postgres:
-                db.fetch(db.sql.catch_up_ids)
-        raise LogUnavailable(asked, "other processes took every id it drew", hint="Repeat it.")
+                return Drawn(made[0][0], created=True, state=values.get("state_", SagaState.RUNNING))
+            if values["key_"] is not None:
+                for found in db.fetch(db.sql.saga_of_key, name_=values["name_"], key_=values["key_"]):
+                    if found[1] == values["input_"]:
+                        return Drawn(found[0], created=found[3] == values["token_"], state=found[2])
+                    raise KeyConflict(values["name_"], found[0], found[2])
+            self._move_ids_on(db)
+        raise LogUnavailable(self._asked, "other processes took every id it drew", hint="Repeat it.")
 
-    return Call(asked, Kind.INSERT, run)
+    def _move_ids_on(self, db: Database) -> None:
+        if db.fetch(db.sql.highest_id)[0][0] >= MAX_SAGA_ID:
+            raise PayloadError(
+                self._asked,
+                f"saga_id {MAX_SAGA_ID} is taken, and there is no id after it",
+                hint="Whoever chose that id chose the last one; use start_saga() with free ids.",
+            )
+        if db.on_postgres:
+            db.fetch(db.sql.catch_up_ids)
+
+
+def _plain_statements(db: Database) -> SagaStatements:
+    return db.sql
 
 
 def mark_compensating(saga_id: int) -> Operation[None]:
@@ -120,7 +159,7 @@ def mark_compensating(saga_id: int) -> Operation[None]:
     """
     asked = "mark_compensating"
     check_saga_id(saga_id, asked)
-    return _moving(asked, saga_id, SagaState.COMPENSATING, Kind.WRITE, _mark_compensating, None)
+    return moving(asked, saga_id, SagaState.COMPENSATING, Kind.WRITE, _mark_compensating, None)
 
 
 def mark_failed_compensation(saga_id: int, reason: str) -> Operation[None]:
@@ -138,7 +177,7 @@ def mark_failed_compensation(saga_id: int, reason: str) -> Operation[None]:
     check_saga_id(saga_id, asked)
     target = SagaState.FAILED_COMPENSATION
     text = printable(reason)
-    return _moving(asked, saga_id, target, Kind.WRITE, _mark_failed_compensation, text)
+    return moving(asked, saga_id, target, Kind.WRITE, _mark_failed_compensation, text)
 
 
 def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
@@ -168,46 +207,19 @@ def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
     target = SagaState(outcome.state)
     reason = None if outcome.reason is None else printable(outcome.reason)
     kind = Kind.LOCKED if target in OUTSTANDING else Kind.WRITE
-    return _moving(asked, saga_id, target, kind, lambda sql: sql.terminate(target), reason)
+    return moving(asked, saga_id, target, kind, lambda sql: sql.terminate(target), reason)
 
 
-def request_cancel(saga_id: int, reason: str) -> Operation[None]:
-    """Ask that a saga be undone. One that has not run yet ends at once, as `compensated`.
-
-    Args:
-        saga_id: The saga: submitted, running, compensating or failed.
-        reason: Why. What a database cannot hold becomes U+FFFD.
-
-    Raises:
-        SagaNotFound: No such saga.
-        InvalidTransition: It has ended, or was asked to cancel for another reason.
-    """
-    asked = "request_cancel"
-    check_saga_id(saga_id, asked)
-    text = printable(reason)
-
-    values = {"id_": saga_id, "reason_": text}
-
-    def explain(db: Database) -> SagaLogError | None:
-        head = head_of(db, asked, saga_id)
-        if head[5] == text:
-            return None
-        if head[5] is not None and head[1] in CANCELLABLE:
-            problem = "it was asked to cancel already, for another reason"
-            return InvalidTransition(asked, problem, saga_id=saga_id, found=head[1], hint="Nothing more is needed.")
-        return refused_by_saga(db, asked, saga_id, None, CANCELLABLE)
-
-    return Decided(asked, Kind.WRITE, _request_cancel, values, explain, saga_id)
-
-
-def _moving(
+def moving(
     asked: str,
     saga_id: int,
     target: SagaState,
     kind: Kind,
     statement: Callable[[Statements], Statement],
     reason: str | None,
-) -> Operation[None]:
+) -> Decided:
+    """A move of a saga to a state."""
+
     def explain(db: Database) -> SagaLogError | None:
         head = head_of(db, asked, saga_id)
         if head[1] == target and (reason is None or head[4] == reason):
@@ -219,5 +231,6 @@ def _moving(
     return Decided(asked, kind, statement, {"id_": saga_id, "reason_": reason}, explain, saga_id)
 
 
-def _new_token() -> str:
+def new_token() -> str:
+    """A saga's random token, from which its steps' idempotency keys derive."""
     return secrets.token_hex(16)

@@ -72,7 +72,7 @@ def finish_step(saga_id: int, step_index: int, output_events: Payload) -> Operat
         InvalidTransition: It failed, was compensated, or has other events.
     """
     text = _checked_output("finish_step", saga_id, step_index, output_events)
-    return _ending("finish_step", saga_id, step_index, StepState.SUCCEEDED, text, _finish_step)
+    return ending("finish_step", saga_id, step_index, StepState.SUCCEEDED, text, _finish_step)
 
 
 def fail_step(saga_id: int, step_index: int, reason: str) -> Operation[None]:
@@ -89,7 +89,7 @@ def fail_step(saga_id: int, step_index: int, reason: str) -> Operation[None]:
         InvalidTransition: It succeeded, was compensated, or failed for another reason.
     """
     text = _checked_output("fail_step", saga_id, step_index, {"error": printable(reason)})
-    return _ending("fail_step", saga_id, step_index, StepState.FAILED, text, _fail_step)
+    return ending("fail_step", saga_id, step_index, StepState.FAILED, text, _fail_step)
 
 
 def compensate_step(saga_id: int, step_index: int, output_events: Payload) -> Operation[None]:
@@ -223,14 +223,16 @@ def _checked_output(asked: str, saga_id: int, step_index: int, output: Payload) 
     return encode(output, asked, saga_id, step_index)
 
 
-def _ending(
+def ending(
     asked: str,
     saga_id: int,
     step_index: int,
     target: StepState,
     output: str,
     statement: Callable[[Statements], Statement],
-) -> Operation[None]:
+) -> Decided:
+    """The end of a step, with its output as JSON text."""
+
     def explain(db: Database) -> SagaLogError | None:
         for _name, state, _cmd, output_found, _deadline in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
             if state == target and output_found == output:

@@ -22,6 +22,7 @@ _STEP = {
 }  # fmt: skip
 _SHAPES = {"saga": (_SAGA, ["saga_id"]), "saga_step": (_STEP, ["saga_id", "step_index"])}
 _LATER = ("saga_executor", "saga_audit", "sagalog_meta")
+TABLES = (*_SHAPES, *_LATER)
 _INDEXES = {
     "saga_state_idx": ("state", " WHERE state IN ('running', 'compensating')"),
     "saga_terminal_idx": ("terminal_at", ""),
@@ -31,7 +32,7 @@ _INDEXES = {
 def found_tables(connection: Connection, placement: Placement) -> list[str]:
     """The log's tables that are there, by their names without the prefix."""
     there = set(inspect(connection).get_table_names(schema=placement.schema))
-    return [name for name in (*_SHAPES, *_LATER) if placement.prefix + name in there]
+    return [name for name in TABLES if placement.prefix + name in there]
 
 
 def check_shape(connection: Connection, placement: Placement, tables: list[str], database: str) -> None:

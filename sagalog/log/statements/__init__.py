@@ -8,20 +8,33 @@ ignores that.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from sagalog.log.statements.clause import Statement
+from sagalog.log.statements.executors import ExecutorStatements
+from sagalog.log.statements.owned import OwnedStatements
 from sagalog.log.statements.reading import ReadingStatements
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.log.statements.settling import SettlingStatements
 from sagalog.log.statements.steps import StepStatements
+from sagalog.log.statements.watching import WatchingStatements
 from sagalog.placement import Placement
 
 __all__ = ["Statement", "Statements", "statements_at"]
 
 
-class Statements(SagaStatements, StepStatements, ReadingStatements, SettlingStatements):
+class Statements(SagaStatements, StepStatements, ReadingStatements, WatchingStatements, SettlingStatements):
     """All statements for one placement; made once and shared by every `SagaLog` there."""
+
+    @cached_property
+    def owned(self) -> OwnedStatements:
+        """Those that compare the saga's epoch."""
+        return OwnedStatements(self.placement)
+
+    @cached_property
+    def executors(self) -> ExecutorStatements:
+        """Those about processes and what they may take."""
+        return ExecutorStatements(self.placement)
 
 
 @lru_cache(maxsize=64)

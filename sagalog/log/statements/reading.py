@@ -9,9 +9,7 @@ from sqlalchemy import Select, and_, func, literal_column, select
 
 from sagalog.log.statements.clause import Statement, bind, literal, one_of
 from sagalog.log.statements.tables import Tables
-from sagalog.states import UNRESOLVED, SagaState, StepState
-
-ATTENTION = (SagaState.SUBMITTED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED)
+from sagalog.states import ATTENTION, UNRESOLVED, StepState
 
 
 class ReadingStatements(Tables):
@@ -92,6 +90,7 @@ class ReadingStatements(Tables):
 
     @cached_property
     def counts(self) -> Statement:
-        return Statement(
-            select(self.saga.c.state, func.count()).group_by(self.saga.c.state).order_by(self.saga.c.state)
-        )
+        """The states, how many sagas are in each, and when the oldest of them started."""
+        c = self.saga.c
+        counted = select(c.state, func.count(), func.min(c.started_at))
+        return Statement(counted.group_by(c.state).order_by(c.state))

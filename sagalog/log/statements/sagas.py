@@ -10,7 +10,7 @@ from sqlalchemy import BigInteger, ColumnElement, FromClause, case, cast, func, 
 from sagalog.log.statements.clause import BIGINT, TEXT, Statement, bind, insert_into, literal, one_of
 from sagalog.log.statements.tables import Tables
 from sagalog.payload import MAX_SAGA_ID
-from sagalog.states import CANCELLABLE, SagaState
+from sagalog.states import ATTENTION, CANCELLABLE, UNRESOLVED, SagaState
 
 HIGHEST_PRUNED = "highest_pruned_saga_id"
 _LARGEST = literal_column(str(MAX_SAGA_ID), BIGINT)
@@ -67,11 +67,7 @@ class SagaStatements(Tables):
     @property
     def id_sequence(self) -> str:
         """The Postgres sequence of ids, quoted and with its schema."""
-        from sqlalchemy.dialects.postgresql import dialect
-
-        quote = dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
-        name: str = quote(f"{self.placement.prefix}saga_id_seq")
-        return f"{quote(self.placement.schema)}.{name}" if self.placement.schema else name
+        return self._quoted(f"{self.placement.prefix}saga_id_seq")
 
     @cached_property
     def catch_up_ids(self) -> Statement:
@@ -88,10 +84,20 @@ class SagaStatements(Tables):
     @cached_property
     def saga_of_key(self) -> Statement:
         return Statement(
-            select(self.saga.c.saga_id, self.saga.c.input_json, self.saga.c.state).where(
+            select(self.saga.c.saga_id, self.saga.c.input_json, self.saga.c.state, self.saga.c.token).where(
                 self.saga.c.key == bind("key_"), self.saga.c.name == bind("name_")
             )
         )
+
+    @cached_property
+    def saga_of_token(self) -> Statement:
+        """A saga that has not ended, by its random token: an insert of one's own whose answer was lost."""
+        c = self.saga.c
+        open_, waiting = (
+            select(c.saga_id, c.state).where(one_of(states, c.state), c.token == bind("token_"))
+            for states in (UNRESOLVED, ATTENTION)
+        )
+        return Statement(open_.union_all(waiting))
 
     # Moving
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property, lru_cache
+from typing import Any
 
-from sqlalchemy import and_, delete, exists, func, insert, literal_column, or_, select, tuple_, update
+from sqlalchemy import Select, and_, delete, exists, func, insert, literal_column, or_, select, tuple_, update
 
 from sagalog.log.statements.clause import Statement, bind, literal, one_of
 from sagalog.log.statements.tables import Tables
@@ -74,22 +75,32 @@ class SettlingStatements(Tables):
             .limit(literal_column("1"))
         )
 
-    @cached_property
-    def prunable(self) -> Statement:
+    def _prunable(self, *what: Any) -> Select[Any]:
         newest = select(func.max(self.saga.c.saga_id)).scalar_subquery()
         rank = tuple_(self._recency, self.saga.c.saga_id)
-        return Statement(
-            select(self.saga.c.saga_id)
+        return (
+            select(*what)
+            .select_from(self.saga)
             .where(
                 self._recency <= bind("until_"),
                 rank <= tuple_(bind("at_"), bind("id_")),
                 one_of(FINAL, self.saga.c.state),
                 self.saga.c.saga_id < newest,
             )
+        )
+
+    @cached_property
+    def prunable(self) -> Statement:
+        return Statement(
+            self._prunable(self.saga.c.saga_id)
             .order_by(self._recency, self.saga.c.saga_id)
             .limit(bind("limit_"))
             .with_for_update(skip_locked=True)
         )
+
+    @cached_property
+    def count_prunable(self) -> Statement:
+        return Statement(self._prunable(func.count()))
 
     @cached_property
     def delete_saga(self) -> tuple[Statement, Statement, Statement]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cached_property
+from typing import Any
 
 from sqlalchemy import ColumnElement, func, select, update
 
@@ -15,16 +16,19 @@ from sagalog.states import NOT_FINAL, OPEN_FOR_STEPS, StepState, step_sources
 class StepStatements(Tables):
     """Those of one placement."""
 
-    @cached_property
-    def start_step(self) -> Statement:
-        pending = {
+    @property
+    def _pending_step(self) -> dict[str, Any]:
+        return {
             "step_index": bind("index_"),
             "name": bind("name_"),
             "state": literal(StepState.PENDING),
             "cmd_json": bind("cmd_"),
             "started_at": bind("at_"),
         }
-        return Statement(self._insert_step(OPEN_FOR_STEPS, pending).on_conflict_do_nothing())
+
+    @cached_property
+    def start_step(self) -> Statement:
+        return Statement(self._insert_step(OPEN_FOR_STEPS, self._pending_step).on_conflict_do_nothing())
 
     @cached_property
     def append_recovery_step(self) -> Statement:

@@ -76,11 +76,13 @@ class Tables:
             select(literal_column("1")).select_from(self.saga).where(self._this_saga, one_of(states, self.saga.c.state))
         )
 
-    def _insert_step(self, states: Iterable[str], values: dict[str, Any]) -> Any:
+    def _insert_step(
+        self, states: Iterable[str], values: dict[str, Any], also: ColumnElement[bool] | None = None
+    ) -> Any:
         # From the saga's locked row, so that a missing or ended saga inserts nothing and no foreign key has to fail.
         source = (
             select(self.saga.c.saga_id, *values.values())
-            .where(self._this_saga, one_of(states, self.saga.c.state))
+            .where(self._this_saga, one_of(states, self.saga.c.state), true() if also is None else also)
             .with_for_update(key_share=True)
         )
         return insert_into(self.step).from_select(["saga_id", *values], source, include_defaults=False)
@@ -93,6 +95,13 @@ class Tables:
             .where(~self._has_steps(outstanding) if outstanding else true(), true() if also is None else also)
             .values(state=literal(target), **values)
         )
+
+    def _quoted(self, name: str) -> str:
+        """A table's or sequence's name for SQL text of Postgres, with its schema."""
+        from sqlalchemy.dialects.postgresql import dialect
+
+        quote = dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
+        return ".".join(quote(part) for part in (self.placement.schema, name) if part)
 
     @property
     def _recency(self) -> ColumnElement[int]:
