@@ -125,6 +125,16 @@ def test_every_public_name_is_in_the_reference() -> None:
         assert module.__all__
 
 
+def test_every_command_is_shown_to_operators() -> None:
+    import typer.main
+
+    from sagalog.cli.app import app
+
+    shown = "".join(PAGES[name].read_text() for name in ("howto/operate", "howto/alembic", "howto/upgrade"))
+    for name in typer.main.get_command(app).commands:
+        assert re.search(rf"sagalog (?:--url \S+ )?{name}\b|`{name}`", shown), f"no how-to shows `sagalog {name}`"
+
+
 def test_every_page_is_listed() -> None:
     listed = {"index"}
     for name, path in PAGES.items():
