@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import random
 import time
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Sleep, Write
 from sagalog.coordinator.lease import Executor
-from sagalog.coordinator.recover import Left, OnCrash, Recovery, RecoveryReport, finish_claimed
+from sagalog.coordinator.recover import Left, OnCrash, Recovery, RecoveryReport, finish_claimed, forward_or_back
 from sagalog.coordinator.run import Policy, Run
 from sagalog.coordinator.saga import execute
 from sagalog.errors import (
@@ -22,7 +24,7 @@ from sagalog.errors import (
     UnusableHandler,
     WrongEnvironment,
 )
-from sagalog.log import claiming, owning, reading
+from sagalog.log import claiming, owning, reading, reopening
 from sagalog.log.claiming import Candidate
 from sagalog.log.database import Operation
 from sagalog.log.owning import Fence
@@ -31,9 +33,18 @@ from sagalog.moments import now_ms, to_ms
 from sagalog.payload import check_text, encode
 from sagalog.states import SagaState
 
+_log = logging.getLogger("sagalog")
 _PAGE = 1000
+_FAIRNESS = 4
 _FORGOTTEN_AFTER_MS = 24 * 3600 * 1000
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5
+
+
+class Job(NamedTuple):
+    """What a worker may do next."""
+
+    seen: Candidate
+    submitted: bool
 
 
 class Core:
@@ -120,7 +131,7 @@ class Core:
     async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:
         """Work on a saga that this process owns; what it stops working on is given back for recovery."""
         active = self.executor.active
-        active.add(fence.saga_id)
+        active[fence.saga_id] = fence
         try:
             return await flow(*args)
         except GeneratorExit:
@@ -133,7 +144,7 @@ class Core:
                 await self._give_back(fence)
             raise
         finally:
-            active.discard(fence.saga_id)
+            active.pop(fence.saga_id, None)
 
     async def _give_back(self, fence: Fence) -> None:
         try:
@@ -220,6 +231,24 @@ class Core:
         await Write(claiming.forget_dead(_FORGOTTEN_AFTER_MS))
         return report
 
+    async def retry(self, saga_id: int, *, note: str, actor: str, again: bool) -> Any:
+        """Give a saga that needs a person back, and bring it to an end here."""
+        await self.check_environment()
+        await self.registered()
+        record = await Write(reading.get(saga_id))
+        if record.name not in self.definitions:
+            self.definition_of(record.name)
+        recovery = Recovery(
+            self.policy, self.definitions, self.on_crash, self.max_recoveries, self.executor.executor_id, again
+        )
+        target = forward_or_back(recovery, record)
+        epoch = await Write(reopening.reopen(saga_id, target, note=note, actor=actor, again=again))
+        seen = Candidate(saga_id, epoch, record.name)
+        if await Write(claiming.claim(seen, self.executor.executor_id, adopt=False)):
+            fence = Fence(saga_id, epoch + 1)
+            await self.owning(fence, finish_claimed, recovery, fence)
+        return await Write(reading.get(saga_id))
+
     async def claimable(
         self, report: RecoveryReport, passed: set[int], *, adopt: bool, most: int = _PAGE
     ) -> tuple[list[Candidate], bool]:
@@ -270,6 +299,29 @@ class Core:
         report.add(seen.saga_id, seen.name, end)
         return 1
 
+    async def find_work(self, free: int, busy: set[int]) -> list[Job]:
+        """At most `free` sagas that a worker could start or take over now; others may be faster."""
+        await self.registered()
+        found = await Write(claiming.submitted(free * _FAIRNESS + len(busy)))
+        known = [seen for seen in found if seen.name in self.definitions and seen.saga_id not in busy]
+        jobs = [Job(seen, submitted=True) for seen in _some(known, free)]
+        if len(jobs) < free:
+            passed = set(busy)
+            most = (free - len(jobs)) * _FAIRNESS
+            page, _ = await self.claimable(RecoveryReport(), passed, adopt=False, most=most)
+            jobs += [Job(seen, submitted=False) for seen in _some(page, free - len(jobs))]
+        return jobs
+
+    async def do(self, job: Job) -> None:
+        """Start or recover one saga, unless another process was faster."""
+        if job.submitted:
+            await self.start_submitted(job.seen)
+            return
+        report = RecoveryReport()
+        await self.recover_one(job.seen, report, adopt=False)
+        for error in report.errors.values():
+            _log.error("recovery of saga %s (%s): %s", job.seen.saga_id, job.seen.name, error)
+
     async def start_submitted(self, seen: Candidate) -> Any:
         """Claim a submitted saga and run it; None if another process was faster."""
         definition = self.definitions[seen.name]
@@ -288,6 +340,12 @@ class Core:
             await run.written(owning.compensated(fence, f"its input cannot be read: {error}"))
             raise
         return await execute(run, definition, input)
+
+
+def _some(page: list[Candidate], most: int) -> list[Candidate]:
+    """Some of the first, at random, so that many workers do not all reach for the same."""
+    near = page[: most * _FAIRNESS]
+    return near if len(near) <= most else random.sample(near, most)
 
 
 def _input_text(definition: Definition, input: Any, key: str | None) -> str:

@@ -46,7 +46,7 @@ class Executor:
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
         self.executor_id = uuid.uuid4().hex
-        self.active: set[int] = set()
+        self.active: dict[int, Fence] = {}
         self._wake = threading.Condition()
         self._watched: dict[int, tuple[float, Fence, int, float]] = {}
         self._tickets = itertools.count()
@@ -102,7 +102,9 @@ class Executor:
             self._wake.notify()
 
     def retirement(self) -> Operation[None] | None:
-        """Stop, and what then gives the lease up; None if nothing was ever held, or only by the parent of a fork."""
+        """Stop, and what then gives the lease up; None if nothing is held, or still in use."""
+        if self.active and self._pid == os.getpid():
+            return None  # somebody still works under it
         held = self._registered and self._pid == os.getpid()
         self.stop()
         return claiming.retire(self.executor_id) if held else None

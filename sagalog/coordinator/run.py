@@ -105,6 +105,7 @@ class Run:
         stopped: Why it may not go on; every further call of its context raises it, whatever the function catches.
         state: The saga's state, as this process knows it.
         patient: Whether to wait until nothing of a step in doubt can be under way; recovery leaves the saga instead.
+        again: Whether an operator wants what is in doubt to be sent again, once, under its key.
         reached_pivot: Whether it only goes forward.
     """
 
@@ -120,6 +121,7 @@ class Run:
         deadline_at: int | None = None,
         steps: Sequence[Step] = (),
         patient: bool = True,
+        again: bool = False,
     ) -> None:
         self.policy = policy
         self.definition = definition
@@ -129,6 +131,7 @@ class Run:
         self.state = state
         self.deadline_at = deadline_at
         self.patient = patient
+        self.again = again
         self.steps: dict[int, Step] = {step.index: step for step in steps}
         self.stopped: BaseException | None = None
         self.over = False
@@ -298,6 +301,7 @@ async def tried(
         due = now_ms() + int(handler.timeout * 1000)
         info = StepInfo(run.saga_id, step.index, attempt, from_ms(due), key, compensates)
         ended = _ending_of(run, step, undo=compensates is not None) if transactional else None
+        _refuse_late(run, step)
         try:
             value: Any = await Invoke(handler, cmd, info, run.fence, ended)
         except owning.AlreadyEnded as found:
@@ -327,6 +331,15 @@ async def tried(
             return Doubt(reason_of(failed), failed)
         await Sleep(wait)
         attempt += 1
+
+
+def _refuse_late(run: Run, step: Step) -> None:
+    """A process that slept since it wrote the step does not call its handler: somebody may be undoing it."""
+    if step.deadline_at is not None and now_ms() >= step.deadline_at:
+        asked = f"{step.name} of saga {run.saga_id}"
+        raise run.stop(
+            LeaseLost(asked, run.saga_id, epoch=run.fence.epoch, found=run.fence.epoch, step_index=step.index)
+        )
 
 
 def may_try(step: Step, retry: Retry) -> bool:
@@ -526,8 +539,9 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     retry = handler.retry
     if did_nothing and not forward:
         outcome: Outcome = Refused("its process died before it was done", Stopped("", ""))
-    elif did_nothing or (retry is not None and may_try(step, retry)):
-        await run.written(owning.try_again(run.fence, step.index, _due(handler)))
+    elif did_nothing or run.again or (retry is not None and may_try(step, retry)):
+        step.deadline_at = _due(handler)
+        await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
         outcome = await tried(run, handler, step, cmd, retry_of(handler))
     else:
         return Doubt("its process died, or gave up, before its outcome was known", None)

@@ -83,16 +83,6 @@ def submitted(limit: int) -> Operation[list[Candidate]]:
     return Call("submitted", Kind.READ, run)
 
 
-def next_run_at() -> Operation[int | None]:
-    """Milliseconds until the next submitted saga's time comes; None if none waits for one."""
-
-    def run(db: Database) -> int | None:
-        waits: int | None = db.fetch(db.sql.executors.next_run_at)[0][0]
-        return waits
-
-    return Call("next_run_at", Kind.READ, run)
-
-
 def claim_submitted(seen: Candidate, executor_id: str, deadline_at: int | None) -> Operation[bool]:
     """Start a submitted saga, unless somebody else did."""
 

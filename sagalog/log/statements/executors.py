@@ -139,13 +139,6 @@ class ExecutorStatements(Tables):
         )
 
     @cached_property
-    def next_run_at(self) -> Statement:
-        """Milliseconds until the next submitted saga is due; NULL if none waits for its time."""
-        c = self.saga.c
-        waits = and_(c.state == literal(SagaState.SUBMITTED), one_of(ATTENTION, c.state), c.run_at > _DatabaseNow())
-        return Statement(select(func.min(c.run_at) - _DatabaseNow()).where(waits))
-
-    @cached_property
     def claim_submitted(self) -> Statement:
         c = self.saga.c
         return Statement(
@@ -158,6 +151,17 @@ class ExecutorStatements(Tables):
                 deadline_at=bind("deadline_"),
             )
         )
+
+    @property
+    def channel(self) -> str:
+        """What submitted sagas are told on, to those that listen."""
+        schema = f"{self.placement.schema}." if self.placement.schema else ""
+        return f"sagalog.{schema}{self.placement.prefix}submitted"
+
+    @cached_property
+    def notify(self) -> Statement:
+        """A hint to workers on Postgres, with the transaction's commit; polling is the truth."""
+        return Statement(select(func.pg_notify(bind("channel_"), literal(""))))
 
     # Facts about the log
 
@@ -176,10 +180,10 @@ class ExecutorStatements(Tables):
 
     @cached_property
     def open_sagas(self) -> Statement:
-        """Every saga that a process could still act on."""
+        """Sagas that a process could still act on."""
         c = self.saga.c
         running = select(c.saga_id, c.epoch, c.state).where(one_of(UNRESOLVED, c.state))
         waiting = select(c.saga_id, c.epoch, c.state).where(
             c.state == literal(SagaState.SUBMITTED), one_of(ATTENTION, c.state)
         )
-        return Statement(running.union_all(waiting))
+        return Statement(running.union_all(waiting).limit(bind("limit_")))
