@@ -193,11 +193,14 @@ class SagaCoordinator(_Shell):
     @overload
     def run(self, saga: Callable[[SagaContext], R], /, *, key: str | None = None) -> R: ...
 
-    def run(self, saga: Callable[..., Any], /, *input: Any, key: str | None = None) -> Any:
+    @overload
+    def run(self, saga: str, /, *input: Any, key: str | None = None) -> Any: ...
+
+    def run(self, saga: Callable[..., Any] | str, /, *input: Any, key: str | None = None) -> Any:
         """Run a saga to its end.
 
         Args:
-            saga: The registered function.
+            saga: The registered function, or its name.
             input: Its input, if it takes one.
             key: The start's idempotency key: the same (name, key) never runs twice.
 
@@ -403,7 +406,10 @@ class AsyncSagaCoordinator(_Shell):
     @overload
     async def run(self, saga: Callable[[AsyncSagaContext], Awaitable[R]], /, *, key: str | None = None) -> R: ...
 
-    async def run(self, saga: Callable[..., Any], /, *input: Any, key: str | None = None) -> Any:
+    @overload
+    async def run(self, saga: str, /, *input: Any, key: str | None = None) -> Any: ...
+
+    async def run(self, saga: Callable[..., Any] | str, /, *input: Any, key: str | None = None) -> Any:
         """See `SagaCoordinator.run`."""
         definition = self._core.definition_of(saga)
         return await adrive(self._core.run(definition, definition.input_of(input), key), self._perform)
