@@ -118,11 +118,9 @@ def test_every_public_name_is_in_the_reference() -> None:
     reference = "".join(path.read_text() for name, path in PAGES.items() if name.startswith("reference/"))
     named = set(re.findall(r"\.\. auto(?:class|exception|function|data):: ([\w.]+)", reference))
     sections = set(re.findall(r"^## (\w+)$", reference, flags=re.MULTILINE))
-    assert set(sagalog.__all__) <= named | sections
-    # The modules' own `__all__` says what automodule lists.
+    assert set(sagalog.__all__) - named - sections == set()
     for module in (sagalog.migrations, sagalog.testing):
-        assert f".. automodule:: {module.__name__}\n" in reference
-        assert module.__all__
+        assert {f"{module.__name__}.{name}" for name in module.__all__} - named == set()
 
 
 def test_every_command_is_shown_to_operators() -> None:
