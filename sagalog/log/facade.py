@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -50,7 +51,7 @@ def _performs(prepare: Callable[P, Operation[R]]) -> Callable[Concatenate[SagaLo
     def method(self: SagaLog, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._bind.perform(prepare(*args, **kwargs))
 
-    return cast("Callable[Concatenate[SagaLog, P], R]", method)
+    return cast("Callable[Concatenate[SagaLog, P], R]", _as_method(method, prepare))
 
 
 def _awaits(prepare: Callable[P, Operation[R]]) -> Callable[Concatenate[AsyncSagaLog, P], Awaitable[R]]:
@@ -60,7 +61,17 @@ def _awaits(prepare: Callable[P, Operation[R]]) -> Callable[Concatenate[AsyncSag
     async def method(self: AsyncSagaLog, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._bind.perform(prepare(*args, **kwargs))
 
-    return cast("Callable[Concatenate[AsyncSagaLog, P], Awaitable[R]]", method)
+    return cast("Callable[Concatenate[AsyncSagaLog, P], Awaitable[R]]", _as_method(method, prepare))
+
+
+def _as_method(method: Any, prepare: Callable[..., Any]) -> Any:
+    """Sign it for `help()` and the reference: with `self`, and with what the operation gives."""
+    shown = inspect.signature(prepare)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    gives = str(shown.return_annotation).removeprefix("Operation[").removesuffix("]")
+    method.__annotations__ = {**prepare.__annotations__, "return": gives}
+    method.__signature__ = shown.replace(parameters=[itself, *shown.parameters.values()], return_annotation=gives)
+    return method
 
 
 class SagaLog:
