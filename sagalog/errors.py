@@ -280,3 +280,107 @@ class UnusableBind(SagaLogError):
     """What SagaLog was given cannot carry its promises: no bind, an autocommit connection, a closed log."""
 
     code = "unusable_bind"
+
+
+class UnusableHandler(SagaLogError):
+    """A handler, compensation or saga cannot be registered or run so; told before anything is written."""
+
+    code = "unusable_handler"
+
+    def __init__(self, asked: str, problem: str, *, hint: str = "", found: str | None = None) -> None:
+        super().__init__(asked, problem, hint=hint, found=found)
+
+
+class StepRejected(Exception):
+    """Raised by a handler: it did nothing, and says why. The step has failed, and there is nothing to undo."""
+
+
+class StepFailed(SagaLogError):
+    """A dispatched command did not succeed; the same on the first run and on a resume.
+
+    Attributes:
+        kind: "failed": it did nothing, and the saga may take another way. "in_doubt": it may have happened; the
+            saga cannot go on, whatever is caught.
+        reason: What the handler said.
+        name: The command's name.
+    """
+
+    code = "step_failed"
+
+    def __init__(self, kind: str, reason: str, *, saga_id: int, step_index: int, name: str) -> None:
+        self.kind = kind
+        self.reason = reason
+        self.name = name
+        what = "did nothing" if kind == "failed" else "may have happened"
+        super().__init__(
+            f"{name} of {where(saga_id, step_index)}",
+            f"{what}: {reason}",
+            saga_id=saga_id,
+            step_index=step_index,
+            found=kind,
+            outcome="",
+        )
+
+
+class SagaFailed(SagaLogError):
+    """A saga did not complete.
+
+    Attributes:
+        outcome: The saga's state: "compensated" (all undone), "failed" (recovery owns it), "failed_compensation" (a
+            person is needed), or "abandoned".
+        reason: Why it did not complete; what could not be undone.
+        name: What kind of saga it is.
+    """
+
+    code = "saga_failed"
+
+    def __init__(self, saga_id: int, name: str, outcome: str, reason: str | None) -> None:
+        self.outcome = str(outcome)
+        self.reason = reason
+        self.name = name
+        told = {
+            "compensated": "everything that was done is undone",
+            "failed": "it is not undone yet, and recovery owns it",
+            "failed_compensation": "it is not wholly undone, and a person is needed",
+        }
+        super().__init__(
+            f"{name} (saga {saga_id})",
+            f"{reason or 'no reason was recorded'}",
+            saga_id=saga_id,
+            found=str(outcome),
+            outcome=f"It is {str(outcome)!r}: {told.get(outcome, 'it is settled')}.",
+        )
+
+    @property
+    def cause(self) -> BaseException | None:
+        """What the saga's function raised, in the process in which it did; else None."""
+        return self.__cause__
+
+
+class SagaInProgress(SagaLogError):
+    """A saga of that name and key was started, and has not ended."""
+
+    code = "saga_in_progress"
+
+    def __init__(self, saga_id: int, name: str, found: str) -> None:
+        super().__init__(
+            f"run of {name}",
+            f"saga {saga_id} has that key and is {found!r}",
+            saga_id=saga_id,
+            found=found,
+            hint="wait() returns its result; if its process died, recover() takes it over.",
+        )
+
+
+class WrongEnvironment(SagaLogError):
+    """The log belongs to another environment: a copy of production must not act on the world."""
+
+    code = "wrong_environment"
+
+    def __init__(self, environment: str | None, found: str) -> None:
+        super().__init__(
+            "recover",
+            f"the log belongs to the environment {found!r}, and this coordinator to {environment!r}",
+            found=found,
+            hint="If this is a copy, `quarantine` its open sagas first; else give the coordinator environment=.",
+        )

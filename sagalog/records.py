@@ -148,6 +148,30 @@ class AuditRecord(_Record):
     state_after: str | None = None
 
 
+class StateCount(_Record):
+    """How many sagas are in a state, and when the oldest of them started."""
+
+    state: str
+    count: int
+    oldest_started_at: datetime
+
+
+class ExecutorRecord(_Record):
+    """A process that runs sagas. Its lease counts by the clock that said `read_at`."""
+
+    executor_id: str
+    label: str | None = None
+    started_at: datetime
+    lease_until: datetime
+    open_sagas: int = 0
+    read_at: datetime
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its lease held when this was read."""
+        return self.lease_until > self.read_at
+
+
 def build(kind: type[Any], fields: dict[str, Any]) -> Any:
     """A record from stored values, unvalidated: a row with an unknown state is served, not hidden."""
     return kind.model_construct(**fields)

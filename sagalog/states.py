@@ -86,6 +86,9 @@ FINAL: Final = (_S.COMPLETED, _S.COMPENSATED, _S.ABANDONED)
 UNRESOLVED: Final = (_S.RUNNING, _S.COMPENSATING, _S.FAILED)
 """What `unresolved_sagas` lists: a coordinator, or recovery, owes these something."""
 
+ATTENTION: Final = (_S.SUBMITTED, _S.FAILED_COMPENSATION, _S.ABANDONED)
+"""What waits for a worker or a person, or was given up: an index of its own keeps these quick to find."""
+
 OPEN_FOR_STEPS: Final = (_S.RUNNING, _S.COMPENSATING)
 """A step may be started in these."""
 
@@ -94,6 +97,12 @@ NOT_FINAL: Final = (_S.RUNNING, _S.COMPENSATING, _S.FAILED, _S.FAILED_COMPENSATI
 
 CANCELLABLE: Final = (_S.SUBMITTED, *UNRESOLVED)
 """A cancel may still be asked for in these."""
+
+SETTLED: Final = tuple(move.target for move in SAGA_MOVES if move.by is Actor.OPERATOR)
+"""As what an operator may settle a saga that needs a person."""
+
+STEP_SETTLED: Final = (StepState.SUCCEEDED, StepState.FAILED, StepState.COMPENSATED)
+"""As what an operator may settle a step."""
 
 OUTSTANDING: Final[dict[SagaState, tuple[StepState, ...]]] = {
     _S.COMPLETED: (StepState.PENDING,),

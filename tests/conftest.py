@@ -85,6 +85,13 @@ def postgres_url(postgres_server: str, postgres_template: str) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def empty_postgres_url(postgres_server: str) -> Iterator[str]:
+    """A database of the test's own, not migrated."""
+    with fresh_database(postgres_server) as url:
+        yield url
+
+
 @pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A migrated, empty file."""
@@ -219,7 +226,7 @@ def open_road(name: str, sqlite_url: str, postgres_url: str | None) -> Iterator[
         elif name == "sqlite-memory":
             log = SagaLog.open_in_memory()
             stack.callback(log.close)
-            connection = log._bind._writer
+            connection = log._bind._connections.writer
             strange.dispose()
             from sqlalchemy.pool import StaticPool
 
@@ -279,8 +286,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'empty.db'}"
     else:
-        with fresh_database(request.getfixturevalue("postgres_server")) as url:
-            yield url
+        yield request.getfixturevalue("empty_postgres_url")
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -114,8 +114,8 @@ def limit_pages(connection: Any, more: int) -> None:
 def test_a_full_disk_writes_nothing_and_is_over_when_there_is_room(sqlite_path: Path) -> None:
     log = SagaLog.open(sqlite_path)
     log.start_saga(1, "s", None)
-    assert log._bind._writer is not None  # type: ignore[attr-defined]
-    limit_pages(log._bind._writer, 3)  # type: ignore[attr-defined]
+    assert log._bind._connections.writer is not None  # type: ignore[attr-defined]
+    limit_pages(log._bind._connections.writer, 3)  # type: ignore[attr-defined]
     with pytest.raises(LogUnavailable) as full:
         log.start_saga(2, "s", "x" * 100_000)
     assert full.value.found == "SQLITE_FULL"
@@ -123,7 +123,7 @@ def test_a_full_disk_writes_nothing_and_is_over_when_there_is_room(sqlite_path: 
     assert log.counts() == {"running": 1}
     log.start_saga(2, "s", "x" * 100_000)
     with pytest.raises(LogUnavailable), log.unit_of_work() as work:
-        limit_pages(log._bind._writer, 3)  # type: ignore[attr-defined]
+        limit_pages(log._bind._connections.writer, 3)  # type: ignore[attr-defined]
         work.start_saga(3, "s", None)
         with pytest.raises(LogUnavailable):
             work.start_saga(4, "s", "x" * 100_000)
@@ -237,7 +237,7 @@ def test_one_callers_refusal_or_bad_value_does_not_touch_those_it_shares_a_commi
     assert inside.wait(30)
     for thread in threads[1:]:
         thread.start()
-    while len(log._bind._waiting) < 25:  # type: ignore[attr-defined]
+    while len(log._bind._turns.waiting) < 25:  # type: ignore[attr-defined]
         assert all(thread.is_alive() for thread in threads[:1])
     go_on.set()
     for thread in threads:
@@ -518,7 +518,7 @@ inside.wait(30)
 for index in range(20):
     threads.append(threading.Thread(target=finish, args=(index,)))
     threads[-1].start()
-while len(log._bind._waiting) < 20:
+while len(log._bind._turns.waiting) < 20:
     pass
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100_000, resource.RLIM_INFINITY))
 go_on.set()

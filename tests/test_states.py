@@ -39,7 +39,7 @@ def test_nothing_leads_out_of_a_final_state() -> None:
 
 def saga_in(log: SagaLog, state: SagaState) -> int:
     saga = log.create_saga("s", None)
-    log._bind._writer.execute("UPDATE saga SET state = ? WHERE saga_id = ?", (state.value, saga))  # type: ignore[attr-defined]
+    log._bind._connections.writer.execute("UPDATE saga SET state = ? WHERE saga_id = ?", (state.value, saga))  # type: ignore[attr-defined]
     return saga
 
 
@@ -93,7 +93,7 @@ def test_the_steps_guards_allow_exactly_the_moves_of_the_table(source: StepState
     for call in calls.get(target, []):
         saga = log.create_saga("s", None)
         log.start_step(saga, 0, "c", None)
-        log._bind._writer.execute("UPDATE saga_step SET state = ? WHERE saga_id = ?", (source.value, saga))  # type: ignore[attr-defined]
+        log._bind._connections.writer.execute("UPDATE saga_step SET state = ? WHERE saga_id = ?", (source.value, saga))  # type: ignore[attr-defined]
         before = log.get(saga)
         if (source, target) in STEP_MOVES:
             call(saga)

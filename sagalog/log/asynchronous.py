@@ -22,7 +22,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sagalog.errors import UnusableBind
 from sagalog.log.bind import Bind
 from sagalog.log.database import Kind, Operation
-from sagalog.log.file import FileBind, HeldFile, Ticket
+from sagalog.log.file import FileBind, HeldFile
+from sagalog.log.turns import Ticket
 
 R = TypeVar("R")
 
@@ -70,6 +71,11 @@ class GreenletBind:
     def __init__(self, bind: Bind, dispose: Callable[[], Awaitable[None]] | None = None) -> None:
         self._bind = bind
         self._dispose = dispose
+
+    @property
+    def bind(self) -> Bind:
+        """The sync bind."""
+        return self._bind
 
     async def perform(self, operation: Operation[R]) -> R:
         """See `AsyncBind`."""
@@ -122,6 +128,11 @@ class ThreadBind:
         # executor, they could fill it, and the one that holds the log would find no thread to go on.
         self._unit_turn = asyncio.Lock()
         self._unit_thread = ThreadPoolExecutor(1, thread_name_prefix="sagalog-unit")
+
+    @property
+    def file(self) -> FileBind:
+        """The file road."""
+        return self._file
 
     async def perform(self, operation: Operation[R]) -> R:
         """See `AsyncBind`."""

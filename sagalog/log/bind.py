@@ -18,6 +18,7 @@ from sagalog.log.faults import SQLITE_BUSY, sqlite_code
 from sagalog.log.statements import Statements
 from sagalog.placement import Placement
 from sagalog.schema import VERSION_TABLE, Found, verify
+from sagalog.urls import shown_url
 
 R = TypeVar("R")
 
@@ -78,7 +79,7 @@ def forget_verified(dialect: Dialect) -> None:
 
 def name_of(engine: Engine) -> str:
     """A database's name for messages, the password hidden."""
-    return engine.url.render_as_string(hide_password=True)
+    return shown_url(engine.url)
 
 
 def in_driver_transaction(dbapi_connection: Any) -> bool:

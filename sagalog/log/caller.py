@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from sagalog.errors import SagaLogError, UnusableBind
 from sagalog.log.bind import in_driver_transaction, is_verified, name_of, read_found, take_write_lock, verify_once
-from sagalog.log.database import CoreDatabase, Kind, Operation
+from sagalog.log.database import Call, CoreDatabase, Kind, Operation
 from sagalog.log.faults import driver_error, is_fault, translate
 from sagalog.log.statements import Statements
 
@@ -47,6 +47,14 @@ class CallerBind:
         if caller.autoflush:
             caller.flush()
         return caller.connection(bind_arguments={"mapper": self._models.Saga})
+
+    def begin(self) -> None:
+        """Open the caller's transaction for writing, before anything of theirs runs in it.
+
+        On SQLite it takes the write lock; on a connection that commits by itself it is refused.
+        """
+        operation: Operation[None] = Call("begin", Kind.SEVERAL, lambda database: None)
+        self.perform(operation)
 
     def perform(self, operation: Operation[R]) -> R:
         """Run one operation; it is durable with the caller's commit, and gone with their rollback."""

@@ -1,6 +1,6 @@
 """What an operation sees: a `Database` that runs the log's statements inside somebody's transaction.
 
-An operation (`writing`, `reading`, ...) is prepared first: its arguments are
+An operation (`sagas`, `steps`, `reading`, ...) is prepared first: its arguments are
 checked and its payloads encoded, in the caller's thread and before any
 transaction, for both may run the user's code. What remains is an `Operation`,
 whose `run` talks to a `Database` only; who opens that, and when it commits, is

@@ -67,6 +67,16 @@ class EngineBind:
             self._transacting.hide_parameters = True
 
     @property
+    def engine(self) -> Engine:
+        """The engine."""
+        return self._engine
+
+    @property
+    def sql(self) -> Statements:
+        """The statements."""
+        return self._sql
+
+    @property
     def name(self) -> str:
         """The database's name for messages."""
         return name_of(self._engine)

@@ -79,6 +79,15 @@ def was_sent(error: BaseException) -> bool:
     return isinstance(error, DBAPIError) and error.connection_invalidated
 
 
+def is_transient(error: BaseException) -> bool:
+    """The database gave the whole transaction up, and the same one may succeed later."""
+    return is_fault(error) and (
+        is_disconnect(error)
+        or sqlite_code(error) in (SQLITE_BUSY, 6, SQLITE_IOERR, 13)
+        or _sqlstate(driver_error(error)) in ("40001", "40P01", "55P03", "53300")
+    )
+
+
 def _sqlstate(cause: Any) -> str | None:
     state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
     return state if isinstance(state, str) else None

@@ -1,12 +1,33 @@
-"""What an operator may do by hand; every action is audited and raises the saga's epoch."""
+"""What an operator may do by hand: audited, and, where it takes the saga from its executor, raising its epoch."""
 
 from __future__ import annotations
 
-from sagalog.errors import InvalidTransition, LogUnavailable, PayloadError, SagaNotFound, StepNotFound
+from operator import attrgetter
+
+from sagalog.errors import (
+    InvalidTransition,
+    LogUnavailable,
+    PayloadError,
+    SagaLogError,
+    SagaNotFound,
+    StepNotFound,
+)
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.writing import lock_saga, steps_in_the_way
-from sagalog.payload import check_saga_id, check_step, check_text, encode
-from sagalog.states import OUTSTANDING, Actor, SagaState, StepState, saga_sources, step_sources
+from sagalog.log.guarded import Decided, head_of, lock_saga, refused_by_saga, steps_in_the_way
+from sagalog.payload import check_saga_id, check_step, check_text, encode, printable
+from sagalog.states import (
+    CANCELLABLE,
+    OUTSTANDING,
+    SETTLED,
+    STEP_SETTLED,
+    Actor,
+    SagaState,
+    StepState,
+    saga_sources,
+    step_sources,
+)
+
+_request_cancel = attrgetter("request_cancel")
 
 
 def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[None]:
@@ -26,7 +47,7 @@ def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[Non
     """
     asked = "resolve"
     check_saga_id(saga_id, asked)
-    target = SagaState(_chosen(state, ("compensated", "completed", "abandoned"), asked, saga_id))
+    target = SagaState(_chosen(state, SETTLED, asked, saga_id))
     _check_signed(note, actor, asked, saga_id)
     sources = saga_sources(target, Actor.OPERATOR)
 
@@ -76,7 +97,7 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
     """
     asked = "resolve_step"
     check_step(saga_id, step_index, asked)
-    target = StepState(_chosen(state, ("succeeded", "failed", "compensated"), asked, saga_id))
+    target = StepState(_chosen(state, STEP_SETTLED, asked, saga_id))
     _check_signed(note, actor, asked, saga_id)
     output = encode({"error": note}, asked, saga_id, step_index) if target is StepState.FAILED else None
 
@@ -108,6 +129,55 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
         )
 
     return Call(asked, Kind.SEVERAL, run, saga_id, step_index)
+
+
+def request_cancel(saga_id: int, reason: str, *, actor: str | None = None) -> Operation[None]:
+    """Ask that a saga be undone. One that has not run yet ends at once, as `compensated`.
+
+    Args:
+        saga_id: The saga: submitted, running, compensating or failed.
+        reason: Why. What a database cannot hold becomes U+FFFD.
+        actor: The person who asks for it, for the audit; a program that cancels its own saga leaves it out.
+
+    Raises:
+        PayloadError: There is an actor, and the actor or the reason is empty.
+        SagaNotFound: No such saga.
+        InvalidTransition: It has ended, or was asked to cancel for another reason or by another actor.
+    """
+    asked = "request_cancel"
+    check_saga_id(saga_id, asked)
+    text = printable(reason)
+    if actor is not None:
+        _check_signed(text, actor, asked, saga_id)
+
+    def explain(db: Database) -> SagaLogError | None:
+        head = head_of(db, asked, saga_id)
+        audited = actor is None or _made_before(db, "cancel", saga_id, None, text, actor)
+        if head[5] == text and audited:
+            return None
+        if head[5] is not None and head[1] in CANCELLABLE:
+            other = "another reason" if head[5] != text else "the same reason, by another actor"
+            problem = f"it was asked to cancel already, for {other}"
+            found = str(head[1])
+            return InvalidTransition(asked, problem, saga_id=saga_id, found=found, hint="Nothing more is needed.")
+        return refused_by_saga(db, asked, saga_id, None, CANCELLABLE)
+
+    values = {"id_": saga_id, "reason_": text}
+    cancel = Decided(asked, Kind.WRITE, _request_cancel, values, explain, saga_id)
+    if actor is None:
+        return cancel
+    signed = actor
+
+    def run(db: Database) -> None:
+        written = db.writes
+        cancel.run(db)
+        if db.writes > written:
+            # The row is locked by the write: nobody moved it since.
+            after = SagaState(str(head_of(db, asked, saga_id)[1]))
+            before = SagaState.SUBMITTED if after is SagaState.COMPENSATED else after
+            _write_audit(db, "cancel", saga_id, None, text, signed, before, after)
+
+    return Call(asked, Kind.SEVERAL, run, saga_id)
 
 
 def _chosen(state: str, allowed: tuple[str, ...], asked: str, saga_id: int) -> str:
@@ -144,7 +214,7 @@ def _write_audit(
 
 
 def _made_before(
-    db: Database, action: str, saga_id: int, step_index: int | None, note: str, actor: str, after: str
+    db: Database, action: str, saga_id: int, step_index: int | None, note: str, actor: str, after: str | None = None
 ) -> bool:
-    made = (saga_id, step_index, action, actor, note, str(after))
-    return any((row[1], row[2], row[3], row[4], row[5], row[8]) == made for row in db.fetch(db.sql.audit, id_=saga_id))
+    made = (saga_id, step_index, action, actor, note)
+    return any(tuple(row[1:6]) == made and after in (None, row[8]) for row in db.fetch(db.sql.audit, id_=saga_id))

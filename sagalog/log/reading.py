@@ -23,7 +23,19 @@ from sagalog.states import SagaState
 
 S = TypeVar("S", bound=SagaRecord)
 
-_MOMENTS = frozenset({"started_at", "terminal_at", "ended_at", "deadline_at", "run_at", "at"})
+_MOMENTS = frozenset(
+    {
+        "at",
+        "deadline_at",
+        "ended_at",
+        "lease_until",
+        "oldest_started_at",
+        "read_at",
+        "run_at",
+        "started_at",
+        "terminal_at",
+    }
+)
 
 
 def max_saga_id() -> Operation[int]:
@@ -176,7 +188,7 @@ def counts() -> Operation[dict[str, int]]:
     """How many sagas there are in each state; states without one are left out."""
 
     def run(db: Database) -> dict[str, int]:
-        return {row[0]: row[1] for row in db.fetch(db.sql.counts)}
+        return {state: count for state, count, _oldest in db.fetch(db.sql.counts)}
 
     return Call("counts", Kind.READ, run)
 
@@ -191,7 +203,7 @@ def audit(saga_id: int) -> Operation[list[AuditRecord]]:
 
     def run(db: Database) -> list[AuditRecord]:
         rows = db.fetch(db.sql.audit, id_=saga_id)
-        return [build(AuditRecord, _fields(db.sql.audit_fields, row)) for row in rows]
+        return [build(AuditRecord, fields_of(db.sql.audit_fields, row)) for row in rows]
 
     return Call("audit", Kind.READ, run, saga_id)
 
@@ -210,7 +222,8 @@ def _stored_moment(moment: datetime, word: str, asked: str) -> int:
         ) from None
 
 
-def _fields(names: Iterable[str], row: Iterable[Any]) -> dict[str, Any]:
+def fields_of(names: Iterable[str], row: Iterable[Any]) -> dict[str, Any]:
+    """A record's fields from a row: stored integers of moments become datetimes."""
     return {
         name: from_ms(value) if value is not None and name in _MOMENTS else value
         for name, value in zip(names, row, strict=True)
@@ -226,13 +239,13 @@ def _with_steps(db: Database, rows: Rows, saga_kind: type[S], step_kind: type[St
         steps = []
         while end < len(rows) and rows[end][0] == saga_id:
             if rows[end][width + 1] is not None:
-                steps.append(build(step_kind, _fields(db.sql.step_fields, rows[end][width:])))
+                steps.append(build(step_kind, fields_of(db.sql.step_fields, rows[end][width:])))
             end += 1
-        fields = _fields(db.sql.saga_fields, rows[start][:width])
+        fields = fields_of(db.sql.saga_fields, rows[start][:width])
         yield build(saga_kind, {**fields, "steps": tuple(steps)})
         start = end
 
 
 def _snapshots(db: Database, rows: Rows) -> list[SagaSnapshot]:
     names = (*db.sql.snapshot_fields, "step_count")
-    return [build(SagaSnapshot, _fields(names, row)) for row in rows]
+    return [build(SagaSnapshot, fields_of(names, row)) for row in rows]

@@ -1,0 +1,1 @@
+"""Runs sagas over the log: dispatches commands, undoes, recovers after a crash."""

@@ -1,0 +1,309 @@
+"""What both coordinators do, as flows: start a saga, submit one, wait for one, recover those that were left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from sagalog.coordinator.definition import Definition
+from sagalog.coordinator.effects import Sleep, Write
+from sagalog.coordinator.lease import Executor
+from sagalog.coordinator.recover import Left, OnCrash, Recovery, RecoveryReport, finish_claimed
+from sagalog.coordinator.run import Policy, Run
+from sagalog.coordinator.saga import execute
+from sagalog.errors import (
+    LeaseLost,
+    LogUnavailable,
+    PayloadError,
+    SagaFailed,
+    SagaInProgress,
+    UnusableHandler,
+    WrongEnvironment,
+)
+from sagalog.log import claiming, owning, reading
+from sagalog.log.claiming import Candidate
+from sagalog.log.database import Operation
+from sagalog.log.owning import Fence
+from sagalog.log.sagas import Drawn, new_token
+from sagalog.moments import now_ms, to_ms
+from sagalog.payload import check_text, encode
+from sagalog.states import SagaState
+
+_PAGE = 1000
+_FORGOTTEN_AFTER_MS = 24 * 3600 * 1000
+_FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5
+
+
+class Core:
+    """A coordinator's settings and flows."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        executor: Executor,
+        *,
+        on_crash: OnCrash,
+        max_recoveries: int,
+        environment: str | None,
+    ) -> None:
+        self.policy = policy
+        self.executor = executor
+        self.on_crash: OnCrash = on_crash
+        self.max_recoveries = max_recoveries
+        self.environment = environment
+        self.definitions: dict[str, Definition] = {}
+        self._of_function: dict[Any, Definition] = {}
+        self._not_before: dict[int, int] = {}
+
+    # Definitions
+
+    def add(self, definition: Definition) -> None:
+        """Register a saga.
+
+        Raises:
+            UnusableHandler: The name is taken.
+        """
+        if definition.name in self.definitions:
+            raise UnusableHandler(
+                f"saga {definition.name!r}", "a saga of that name is registered already", hint="Give another name."
+            )
+        self.definitions[definition.name] = definition
+        self._of_function[definition.function] = definition
+
+    def definition_of(self, saga: Callable[..., Any] | str) -> Definition:
+        """The definition of a saga's function, or of a name.
+
+        Raises:
+            UnusableHandler: It is not registered here.
+        """
+        found = self.definitions.get(saga) if isinstance(saga, str) else self._of_function.get(saga)
+        if found is None:
+            shown = saga if isinstance(saga, str) else getattr(saga, "__qualname__", repr(saga))
+            raise UnusableHandler(
+                f"saga {shown!r}", "it is not registered with this coordinator", hint='Use @coordinator.saga("name").'
+            )
+        return found
+
+    # Starting
+
+    async def registered(self) -> None:
+        """Hold the lease before anything is owned under it."""
+        if self.executor.is_due():
+            await Write(self.executor.renewal())
+            self.executor.renewed()
+
+    async def run(self, definition: Definition, input: Any, key: str | None) -> Any:
+        """Start a saga and bring it to its end."""
+        text = _input_text(definition, input, key)
+        await self.registered()
+        token = new_token()
+        deadline = _deadline(definition)
+        begun = await Write(
+            owning.begin_saga(
+                definition.name,
+                text,
+                key=key,
+                version=definition.version,
+                executor_id=self.executor.executor_id,
+                deadline_at=deadline,
+                token=token,
+            )
+        )
+        if not begun.created:
+            return await self.outcome(definition, begun.saga_id)
+        fence = Fence(begun.saga_id, 1)
+        run = Run(self.policy, definition, fence, token, name=definition.name, deadline_at=deadline)
+        return await self.owning(fence, execute, run, definition, input)
+
+    async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:
+        """Work on a saga that this process owns; what it stops working on is given back for recovery."""
+        active = self.executor.active
+        active.add(fence.saga_id)
+        try:
+            return await flow(*args)
+        except GeneratorExit:
+            raise
+        except LogUnavailable:
+            self.executor.strand(fence)
+            raise
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                await self._give_back(fence)
+            raise
+        finally:
+            active.discard(fence.saga_id)
+
+    async def _give_back(self, fence: Fence) -> None:
+        try:
+            await Write(owning.release(fence, self.executor.executor_id, counted=True))
+        except Exception:
+            self.executor.strand(fence)
+
+    def submission(
+        self, definition: Definition, input: Any, key: str | None, run_at: datetime | None
+    ) -> Operation[Drawn]:
+        """What submits a saga, in whichever transaction."""
+        text = _input_text(definition, input, key)
+        return owning.begin_saga(
+            definition.name,
+            text,
+            key=key,
+            version=definition.version,
+            executor_id=None,
+            run_at=None if run_at is None else _moment(run_at, definition),
+        )
+
+    # Results
+
+    async def outcome(self, definition: Definition | None, saga_id: int) -> Any:
+        """A recorded result.
+
+        Raises:
+            SagaFailed: It did not complete.
+            SagaInProgress: It has not ended.
+        """
+        record = await Write(reading.get(saga_id))
+        if record.state == SagaState.COMPLETED:
+            return record.result if definition is None else definition.read_result(record.result_json, saga_id)
+        if record.state in (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED):
+            raise SagaFailed(saga_id, record.name, SagaState(record.state), record.failure_reason)
+        raise SagaInProgress(saga_id, record.name, record.state)
+
+    async def wait(self, saga_id: int, seconds: float | None) -> Any:
+        """The result of a saga, whoever runs it."""
+        until = None if seconds is None else time.monotonic() + seconds
+        pause = _FIRST_LOOK
+        name = (await Write(reading.get(saga_id))).name
+        while True:
+            try:
+                return await self.outcome(self.definitions.get(name), saga_id)
+            except SagaInProgress as running:
+                left = pause if until is None else until - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError(f"saga {saga_id} ({name}) is {running.found!r} after {seconds} s") from running
+            await Sleep(min(pause, left))
+            pause = min(_LONGEST_LOOK, pause * 1.5)
+
+    # Recovery
+
+    async def check_environment(self) -> None:
+        """A copy of production must not act on the world.
+
+        Raises:
+            WrongEnvironment: The log remembers another one.
+        """
+        remembered = await Write(claiming.environment(self.environment))
+        if remembered != self.environment:
+            raise WrongEnvironment(self.environment, str(remembered))
+
+    async def recover(self, limit: int | None, *, adopt: bool) -> RecoveryReport:
+        """Take over what was left, one saga after the other."""
+        report = RecoveryReport()
+        await self.check_environment()
+        await self.registered()
+        done = 0
+        passed: set[int] = set()
+        while limit is None or done < limit:
+            page, full = await self.claimable(report, passed, adopt=adopt)
+            for seen in page:
+                if limit is not None and done >= limit:
+                    break
+                passed.add(seen.saga_id)
+                done += await self.recover_one(seen, report, adopt=adopt)
+            if not page or not full:
+                break
+        if not adopt:
+            for saga_id, name in await Write(claiming.unowned(_PAGE)):
+                report.left.append(Left(saga_id, name, "it never belonged to a coordinator; adopt=True takes it"))
+        await Write(claiming.forget_dead(_FORGOTTEN_AFTER_MS))
+        return report
+
+    async def claimable(
+        self, report: RecoveryReport, passed: set[int], *, adopt: bool, most: int = _PAGE
+    ) -> tuple[list[Candidate], bool]:
+        """Sagas that this process can take over now, and whether there may be more."""
+        now = now_ms()
+        limit = most + len(passed) + len(self._not_before) + len(self.executor.active)
+        found = await Write(claiming.candidates(self.executor.executor_id, limit, adopt=adopt))
+        page = []
+        for seen in found:
+            if seen.saga_id in passed or seen.saga_id in self.executor.active:
+                continue
+            if seen.name not in self.definitions:
+                passed.add(seen.saga_id)
+                report.left.append(Left(seen.saga_id, seen.name, f"no saga {seen.name!r} is registered here"))
+            elif self._not_before.get(seen.saga_id, 0) > now:
+                passed.add(seen.saga_id)
+                until = self._not_before[seen.saga_id]
+                report.left.append(Left(seen.saga_id, seen.name, "a step may still be under way", until))
+            else:
+                page.append(seen)
+        return page[:most], len(found) >= limit
+
+    async def recover_one(self, seen: Candidate, report: RecoveryReport, *, adopt: bool) -> int:
+        """Take one saga over; whatever it raises is noted, and the others go on.
+
+        Returns:
+            1 if it was taken over, else 0.
+        """
+        executor_id = self.executor.executor_id
+        recovery = Recovery(self.policy, self.definitions, self.on_crash, self.max_recoveries, executor_id)
+        fence = Fence(seen.saga_id, seen.epoch + 1)
+        try:
+            if not await Write(claiming.claim(seen, executor_id, adopt=adopt)):
+                return 0
+            end = await self.owning(fence, finish_claimed, recovery, fence)
+        except LeaseLost:
+            return 0
+        except Exception as error:
+            report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
+            if not isinstance(error, LogUnavailable):
+                await self._give_back(fence)
+            return 1
+        if end is None:
+            return 0
+        self._not_before.pop(seen.saga_id, None)
+        if end.until is not None:
+            self._not_before[seen.saga_id] = end.until
+        report.add(seen.saga_id, seen.name, end)
+        return 1
+
+    async def start_submitted(self, seen: Candidate) -> Any:
+        """Claim a submitted saga and run it; None if another process was faster."""
+        definition = self.definitions[seen.name]
+        deadline = _deadline(definition)
+        if not await Write(claiming.claim_submitted(seen, self.executor.executor_id, deadline)):
+            return None
+        fence = Fence(seen.saga_id, seen.epoch + 1)
+        return await self.owning(fence, self._run_claimed, fence, definition, deadline)
+
+    async def _run_claimed(self, fence: Fence, definition: Definition, deadline: int | None) -> Any:
+        record = await Write(reading.get(fence.saga_id))
+        run = Run(self.policy, definition, fence, record.token or "", name=definition.name, deadline_at=deadline)
+        try:
+            input = definition.read_input(record.input_json, fence.saga_id)
+        except PayloadError as error:
+            await run.written(owning.compensated(fence, f"its input cannot be read: {error}"))
+            raise
+        return await execute(run, definition, input)
+
+
+def _input_text(definition: Definition, input: Any, key: str | None) -> str:
+    if key is not None:
+        check_text(key, "key", f"run of {definition.name}")
+    return encode(input, f"the input of {definition.name}")
+
+
+def _deadline(definition: Definition) -> int | None:
+    return None if definition.timeout is None else now_ms() + int(definition.timeout * 1000)
+
+
+def _moment(moment: datetime, definition: Definition) -> int:
+    try:
+        return to_ms(moment)
+    except (ValueError, AttributeError, TypeError):
+        raise PayloadError(
+            f"submit of {definition.name}", "run_at is no aware datetime", hint="Give one with tzinfo=UTC."
+        ) from None

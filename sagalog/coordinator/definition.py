@@ -1,0 +1,112 @@
+"""A saga as it was registered: its function, its version, what it takes and returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sagalog.coordinator.signature import NOT_SAID, is_async, name_of, resolved
+from sagalog.errors import UnusableHandler
+from sagalog.payload import check_text, decode, decode_as
+
+
+@dataclass(frozen=True, slots=True)
+class Definition:
+    """A registered saga.
+
+    Attributes:
+        name: Its name in the log.
+        function: What `SagaCoordinator.saga` decorated.
+        version: Recorded with each saga that it starts.
+        resumes: The versions whose sagas this function may go on with.
+        timeout: Seconds after which a saga is undone, or None.
+        takes_input: Whether the function takes an input besides the context.
+        input_type: The input's annotation, or `NOT_SAID`.
+        returns: The annotation of its result, or `NOT_SAID`.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    version: int
+    resumes: frozenset[int]
+    timeout: float | None
+    takes_input: bool
+    input_type: Any
+    returns: Any
+
+    def input_of(self, given: tuple[Any, ...]) -> Any:
+        """The input that the function was to be called with.
+
+        Raises:
+            UnusableHandler: It takes none, or one.
+        """
+        if len(given) != int(self.takes_input):
+            raise UnusableHandler(
+                f"run of {self.name}",
+                f"it takes {int(self.takes_input)} input and was given {len(given)}",
+                hint="An input of several values is one model.",
+            )
+        return given[0] if given else None
+
+    def read_input(self, text: str, saga_id: int) -> Any:
+        """The input that the log holds, as the function takes it."""
+        if self.input_type in (NOT_SAID, Any):
+            return decode(text, "input_json", saga_id)
+        return decode_as(self.input_type, text, "input_json", saga_id)
+
+    def read_result(self, text: str | None, saga_id: int) -> Any:
+        """The result that the log holds, as the function returned it."""
+        if self.returns in (NOT_SAID, Any) or text is None:
+            return decode(text, "result_json", saga_id)
+        return decode_as(self.returns, text, "result_json", saga_id)
+
+
+def define(
+    function: Callable[..., Any],
+    names: Mapping[str, Any],
+    *,
+    name: str,
+    version: int,
+    timeout: float | None,
+    resumes: tuple[int, ...],
+    asynchronous: bool,
+) -> Definition:
+    """Check a saga's function and describe it.
+
+    Raises:
+        UnusableHandler: It does not take ``(ctx, input)``, or is async where it must not be, or the other way round.
+    """
+    asked = f"saga {name_of(function)}"
+    check_text(name, "saga's name", asked)
+    parameters = list(resolved(function, names).parameters.values())
+    problem = hint = ""
+    if not 1 <= len(parameters) <= 2:
+        problem, hint = f"it takes {len(parameters)} arguments", "It is called with (ctx, input), or (ctx)."
+    elif is_async(function) and not asynchronous:
+        problem, hint = "it is async", "Register it with an AsyncSagaCoordinator."
+    elif not is_async(function) and asynchronous:
+        problem, hint = "it is not async", "Write async def, or register it with a SagaCoordinator."
+    elif isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        problem, hint = f"version={version!r}", "A version is an int from 0."
+    elif timeout is not None and timeout <= 0:
+        problem, hint = f"timeout={timeout}", "Seconds, above 0."
+    if problem:
+        raise UnusableHandler(asked, problem, hint=hint)
+    takes_input = len(parameters) == 2
+    return Definition(
+        name=name,
+        function=function,
+        version=version,
+        resumes=frozenset((version, *resumes)),
+        timeout=timeout,
+        takes_input=takes_input,
+        input_type=parameters[1].annotation if takes_input else NOT_SAID,
+        returns=_result_type(function, names),
+    )
+
+
+def _result_type(function: Callable[..., Any], names: Mapping[str, Any]) -> Any:
+    returned = resolved(function, names).return_annotation
+    return NOT_SAID if returned is inspect.Signature.empty else returned

@@ -1,0 +1,153 @@
+"""What the coordinator's flows ask for, and who answers.
+
+A flow is an ``async def`` without any I/O: it awaits effects. `drive` runs it
+from a synchronous shell, `adrive` from an asynchronous one; both hand each
+effect to ``perform`` and send its answer, or what it raised, back into the
+flow. So each rule of the coordinator stands once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from sagalog.coordinator.bus import Handler
+    from sagalog.coordinator.commands import StepInfo
+    from sagalog.log.database import Operation
+    from sagalog.log.owning import Fence
+
+R = TypeVar("R")
+
+
+class Effect(Generic[R]):
+    """Something that only a shell can do."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Effect[R], R, R]:
+        return (yield self)
+
+
+class Write(Effect[R]):
+    """Run an operation in the log, in a transaction of its own; a read is one too."""
+
+    __slots__ = ("operation",)
+
+    def __init__(self, operation: Operation[R]) -> None:
+        self.operation = operation
+
+
+class Call(Effect[R]):
+    """Call the saga's own function, which dispatches through flows of its own; or a function for `ctx.record`."""
+
+    __slots__ = ("args", "function")
+
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self.function = function
+        self.args = args
+
+
+class Invoke(Effect[R]):
+    """Call a handler for one try of a step.
+
+    Args:
+        handler: The handler.
+        cmd: The command.
+        info: What it is told.
+        fence: The saga's owner, for whom a handler that hangs is given up.
+        ended: For a transactional handler: makes, of what it returned, the operation that commits with its writes.
+    """
+
+    __slots__ = ("cmd", "ended", "fence", "handler", "info")
+
+    def __init__(
+        self,
+        handler: Handler,
+        cmd: Any,
+        info: StepInfo,
+        fence: Fence,
+        ended: Callable[[Any], Operation[None]] | None = None,
+    ) -> None:
+        self.handler = handler
+        self.cmd = cmd
+        self.info = info
+        self.fence = fence
+        self.ended = ended
+
+    def arguments(self, session: Any) -> list[Any]:
+        """What the handler is called with, in its own order."""
+        given = {"cmd": self.cmd, "info": self.info, "session": session}
+        return [given[word] for word in self.handler.signature.wants]
+
+
+class Sleep(Effect[None]):
+    """Wait so many seconds, with nothing held."""
+
+    __slots__ = ("seconds",)
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Settled(Generic[R]):
+    """How one of several flows ended."""
+
+    value: R | None
+    error: BaseException | None
+
+
+class Together(Effect[Sequence[Settled[R]]]):
+    """Run flows side by side, to the end of each."""
+
+    __slots__ = ("flows",)
+
+    def __init__(self, flows: Sequence[Flow[R]]) -> None:
+        self.flows = flows
+
+
+Flow = Coroutine[Effect[Any], Any, R]
+
+
+class Perform(Protocol):
+    """A synchronous shell's answer to effects."""
+
+    def __call__(self, effect: Effect[Any]) -> Any: ...
+
+
+def drive(flow: Flow[R], perform: Perform) -> R:
+    """Run a flow to its end, in this thread."""
+    try:
+        effect = flow.send(None)
+        while True:
+            try:
+                answer = perform(effect)
+            except BaseException as error:
+                effect = flow.throw(error)
+            else:
+                effect = flow.send(answer)
+    except StopIteration as stop:
+        result: R = stop.value
+        return result
+    finally:
+        flow.close()
+
+
+async def adrive(flow: Flow[R], perform: Callable[[Effect[Any]], Awaitable[Any]]) -> R:
+    """Run a flow to its end, in this task."""
+    try:
+        effect = flow.send(None)
+        while True:
+            try:
+                answer = await perform(effect)
+            except BaseException as error:
+                effect = flow.throw(error)
+            else:
+                effect = flow.send(answer)
+    except StopIteration as stop:
+        result: R = stop.value
+        return result
+    finally:
+        flow.close()

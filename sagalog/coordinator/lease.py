@@ -1,0 +1,173 @@
+"""A process as an executor: its identity, its lease, and a thread that keeps both beside the work.
+
+The thread renews the lease, gives up what hangs, and gives back what this
+process no longer works on. It has connections of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sagalog.errors import SagaLogError
+from sagalog.log import claiming, owning
+from sagalog.log.apart import Apart
+from sagalog.log.database import Operation
+from sagalog.log.owning import Fence
+from sagalog.moments import now_ms
+
+_log = logging.getLogger("sagalog")
+
+
+class Executor:
+    """One process's identity and lease.
+
+    Args:
+        lease: Seconds that a lease holds without being renewed.
+        label: What people see of this process.
+        apart: Opens a way to the database for the thread; its answer None means that there is none, and that the
+            lease is renewed with the coordinator's own writes.
+    """
+
+    def __init__(self, lease: float, label: str | None, apart: Callable[[], Apart | None]) -> None:
+        self.lease = lease
+        self.label = label or f"{socket.gethostname()}:{os.getpid()}"
+        self._apart = apart
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._pid = os.getpid()
+        self.executor_id = uuid.uuid4().hex
+        self.active: set[int] = set()
+        self._wake = threading.Condition()
+        self._watched: dict[int, tuple[float, Fence, int, float]] = {}
+        self._tickets = itertools.count()
+        self._stranded: list[Fence] = []
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._registered = False
+        self._renew_at = 0.0
+
+    @property
+    def lease_ms(self) -> int:
+        """The lease in milliseconds."""
+        return int(self.lease * 1000)
+
+    def renewal(self) -> Operation[None]:
+        """What renews the lease."""
+        return claiming.renew(self.executor_id, self.label, self.lease_ms)
+
+    def is_due(self) -> bool:
+        """Whether the coordinator itself must renew before it goes on: at first, after a fork, or with no thread."""
+        if self._pid != os.getpid():
+            self._begin_anew()
+        return not self._registered or (self._thread is None and time.monotonic() >= self._renew_at)
+
+    def renewed(self) -> None:
+        """The lease was written; the thread takes over, if it can."""
+        self._renew_at = time.monotonic() + self.lease / 3
+        if self._registered:
+            return
+        self._registered = True
+        apart = self._apart()
+        if apart is not None:
+            self._thread = threading.Thread(target=self._keep, args=(apart,), name="sagalog-lease", daemon=True)
+            self._thread.start()
+
+    @contextmanager
+    def watching(self, fence: Fence, step_index: int, seconds: float, settle: float) -> Iterator[None]:
+        """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over."""
+        ticket = next(self._tickets)
+        self._watched[ticket] = (time.monotonic() + seconds, fence, step_index, settle)
+        if seconds < self.lease / 3:
+            with self._wake:
+                self._wake.notify()
+        try:
+            yield
+        finally:
+            self._watched.pop(ticket, None)
+
+    def strand(self, fence: Fence) -> None:
+        """A saga that this process stopped working on, and could not give back."""
+        with self._wake:
+            self._stranded.append(fence)
+            self._wake.notify()
+
+    def retirement(self) -> Operation[None] | None:
+        """Stop, and what then gives the lease up; None if nothing was ever held, or only by the parent of a fork."""
+        held = self._registered and self._pid == os.getpid()
+        self.stop()
+        return claiming.retire(self.executor_id) if held else None
+
+    def stop(self) -> None:
+        """Stop the thread; the lease runs out by itself."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread() and self._pid == os.getpid():
+            self._thread.join(timeout=10)
+        self._thread = None
+        self._registered = False
+        self._closing = False
+
+    # The thread
+
+    def _keep(self, apart: Apart) -> None:
+        try:
+            while self._wait():
+                self._give_up_overdue(apart)
+                self._give_back(apart)
+                if time.monotonic() >= self._renew_at:
+                    done = self._attempt(apart, self.renewal(), "the lease could not be renewed")
+                    self._renew_at = time.monotonic() + (self.lease / 3 if done else min(1.0, self.lease / 10))
+        finally:
+            apart.close()
+
+    def _wait(self) -> bool:
+        with self._wake:
+            if self._closing:
+                return False
+            due = min([self._renew_at, *(entry[0] for entry in list(self._watched.values()))])
+            if not self._stranded:
+                self._wake.wait(max(0.0, due - time.monotonic()))
+            return not self._closing
+
+    def _give_up_overdue(self, apart: Apart) -> None:
+        now = time.monotonic()
+        for ticket, (due, fence, step_index, settle) in list(self._watched.items()):
+            if due <= now and self._watched.pop(ticket, None) is not None:
+                operation = owning.give_up(
+                    fence, step_index, "its handler outlived its timeout", now_ms() + int(settle * 1000)
+                )
+                if not self._attempt(apart, operation, f"saga {fence.saga_id} could not be given up"):
+                    self._watched[ticket] = (now + 1.0, fence, step_index, settle)
+
+    def _give_back(self, apart: Apart) -> None:
+        with self._wake:
+            stranded, self._stranded = self._stranded, []
+        for fence in stranded:
+            if not self._attempt(
+                apart, owning.release(fence, self.executor_id, counted=True), f"saga {fence.saga_id} stays here"
+            ):
+                time.sleep(min(1.0, self.lease / 10))
+                self._stranded.append(fence)
+
+    def _attempt(self, apart: Apart, operation: Operation[Any], problem: str) -> bool:
+        try:
+            apart.perform(operation)
+        except SagaLogError as error:
+            if error.code not in ("lease_lost", "invalid_transition", "saga_not_found"):
+                _log.warning("executor %s: %s: %s", self.executor_id, problem, error)
+                return False
+        except Exception:
+            _log.exception("executor %s: %s", self.executor_id, problem)
+            return False
+        return True

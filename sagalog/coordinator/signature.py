@@ -1,0 +1,173 @@
+"""What a handler's annotations say: the command it takes, what else it wants, what it returns."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from sagalog.coordinator.commands import Command, StepInfo
+from sagalog.errors import UnusableHandler
+from sagalog.payload import decode_as
+
+Wanted: TypeAlias = Literal["cmd", "info", "session"]
+NOT_SAID: Any = inspect.Parameter.empty
+_NONE = type(None)
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A handler's parameters, in order, and its annotations.
+
+    Attributes:
+        wants: What to call it with.
+        cmd_type: The command's class.
+        returns: The annotation of what it returns, or `NOT_SAID`.
+        is_async: Whether calling it gives an awaitable.
+    """
+
+    wants: tuple[Wanted, ...]
+    cmd_type: type[Any]
+    returns: Any
+    is_async: bool
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """A function's name for messages."""
+    return getattr(function, "__qualname__", None) or type(function).__name__
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling it gives an awaitable."""
+    call = getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+
+
+def resolved(function: Callable[..., Any], names: Mapping[str, Any]) -> inspect.Signature:
+    """A signature with its annotations as objects.
+
+    Args:
+        function: Whose.
+        names: What the place of registration knows besides the function's own globals: classes local to a function.
+
+    Raises:
+        UnusableHandler: An annotation cannot be read.
+    """
+    try:
+        return inspect.signature(function, eval_str=True, locals=dict(names))
+    except (NameError, SyntaxError, TypeError, ValueError, AttributeError) as error:
+        raise UnusableHandler(
+            name_of(function), f"its annotations cannot be read ({error})", hint="Import what they name at run time."
+        ) from error
+
+
+def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Signature:
+    """What a handler's annotations say.
+
+    Raises:
+        UnusableHandler: No parameter is a command, or one is nothing that a handler is given.
+    """
+    signature = resolved(function, names)
+    wants: list[Wanted] = []
+    cmd_type: type[Any] | None = None
+    for parameter in signature.parameters.values():
+        kind = parameter.annotation
+        if kind is StepInfo:
+            wants.append("info")
+        elif _is_session(kind):
+            wants.append("session")
+        elif cmd_type is None and isinstance(kind, type) and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            cmd_type = kind
+            wants.append("cmd")
+        elif parameter.default is NOT_SAID and parameter.kind not in _VARIADIC:
+            raise UnusableHandler(
+                name_of(function),
+                f"nothing says what its parameter {parameter.name!r} is"
+                if kind is NOT_SAID
+                else f"its parameter {parameter.name!r} is neither a command's class, StepInfo nor a Session",
+                hint="Annotate it: def charge(cmd: ChargeCard, step: StepInfo) -> CardCharged.",
+            )
+        else:
+            continue
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            raise UnusableHandler(
+                name_of(function), f"its parameter {parameter.name!r} is keyword-only", hint="Take it by position."
+            )
+    if cmd_type is None:
+        raise UnusableHandler(name_of(function), "it takes no command", hint="Annotate its first parameter.")
+    return Signature(tuple(wants), cmd_type, signature.return_annotation, is_async(function))
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _is_session(kind: Any) -> bool:
+    return isinstance(kind, type) and any(
+        base.__module__.startswith("sqlalchemy") and base.__name__ in ("Session", "AsyncSession")
+        for base in kind.__mro__
+    )
+
+
+def takes_none(annotation: Any) -> bool:
+    """Whether an annotation admits None."""
+    if annotation is None or annotation is _NONE or annotation is Any:
+        return True
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(takes_none(part) for part in typing.get_args(annotation))
+    return False
+
+
+def without_none(annotation: Any) -> Any:
+    """The annotation of what is there, if something is."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        parts = [part for part in typing.get_args(annotation) if part is not _NONE]
+        return parts[0] if len(parts) == 1 else typing.Union[tuple(parts)]  # noqa: UP007 - made at run time
+    return annotation
+
+
+def _is_list(annotation: Any) -> bool:
+    return annotation is list or typing.get_origin(annotation) is list
+
+
+def event_type(cmd_type: type[Any]) -> Any:
+    """What a command class says that its handler returns, by `Command[...]`; `NOT_SAID` if it does not."""
+    for base in cmd_type.__mro__:
+        described = getattr(base, "__pydantic_generic_metadata__", None)
+        if described and described["origin"] is Command and described["args"]:
+            return described["args"][0]
+    return NOT_SAID
+
+
+def events_of(returned: Any) -> list[Any]:
+    """What a handler returned, as the list that the log holds."""
+    if returned is None:
+        return []
+    return returned if isinstance(returned, list) else [returned]
+
+
+def read_back(returns: Any, text: str | None, saga_id: int, step_index: int) -> Any:
+    """A stored list of events as what the handler returned.
+
+    Args:
+        returns: The handler's annotation, or `NOT_SAID`.
+        text: The stored JSON.
+        saga_id: For messages.
+        step_index: For messages.
+
+    Raises:
+        PayloadError: It does not fit the annotation.
+    """
+    if returns is NOT_SAID or returns is Any:
+        events = decode_as(list[Any], text, "output_json", saga_id, step_index)
+        return events if len(events) > 1 else (events[0] if events else None)
+    kind = without_none(returns)
+    if _is_list(kind):
+        return decode_as(kind, text, "output_json", saga_id, step_index)
+    if kind is None or kind is _NONE:
+        return None
+    events = decode_as(list[kind], text, "output_json", saga_id, step_index)  # type: ignore[valid-type]
+    return events[0] if events else None

@@ -1,0 +1,330 @@
+"""Undoing a saga: its steps newest first, each undo a row of its own before its handler is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sagalog.coordinator.bus import Handler
+from sagalog.coordinator.commands import Compensates, Retry
+from sagalog.coordinator.effects import Sleep, Write
+from sagalog.coordinator.run import (
+    Doubt,
+    Refused,
+    Run,
+    Step,
+    check_callable,
+    fail,
+    known,
+    may_try,
+    reason_of,
+    tried,
+)
+from sagalog.errors import SagaLogError, StepFailed, UnusableHandler
+from sagalog.log import owning, reading
+from sagalog.moments import now_ms
+from sagalog.payload import encode
+from sagalog.states import SagaState, StepState
+
+_DEFAULT = Retry()
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a saga ended in this process.
+
+    Attributes:
+        state: Its state.
+        reason: Why, as recorded.
+        waits: For a saga that is left as it is: what it waits for.
+        until: The moment (Unix milliseconds) before which nothing can be done for it, or None.
+    """
+
+    state: SagaState
+    reason: str
+    waits: str | None = None
+    until: int | None = None
+
+
+class Unknown(Exception):
+    """A command that this process has no handler for: the saga is left to one that has."""
+
+
+class _Blocked(Exception):
+    """An undo that cannot be done: a person is needed."""
+
+
+class _Early(Exception):
+    """Something of a try may still be under way until a moment."""
+
+    def __init__(self, step: Step, until: int) -> None:
+        self.until = until
+        super().__init__(f"step {step.index} ({step.name}) may still be under way")
+
+
+async def unwind(run: Run, reason: str) -> End:
+    """Undo what was done, and record how that ended.
+
+    Args:
+        run: The saga.
+        reason: Why it is undone.
+
+    Raises:
+        LeaseLost, LogUnavailable: The saga is not, or cannot be, written any more.
+    """
+    try:
+        if any(step.state is StepState.PENDING for step in run.steps.values()):
+            await _reload(run)
+        _refuse_unknown(run)
+        await _settle_doubts(run)
+        if run.reached_pivot:
+            return await to_person(run, f"{reason}; a step that cannot be undone succeeded, or is in doubt")
+        if run.state is not SagaState.COMPENSATING and any(step.open for step in run.steps.values()):
+            await run.written(owning.mark_compensating(run.fence))
+            run.state = SagaState.COMPENSATING
+        for step in run.forward():
+            if step.open:
+                await _undo(run, step)
+    except Unknown as unknown:
+        return End(run.state, reason, waits=str(unknown))
+    except _Early as early:
+        return End(run.state, reason, waits=str(early), until=early.until)
+    except _Blocked as blocked:
+        return await to_person(run, reason if str(blocked) == reason else f"{reason}; {blocked}")
+    await run.written(owning.compensated(run.fence, reason))
+    run.state = SagaState.COMPENSATED
+    return End(run.state, reason)
+
+
+async def to_person(run: Run, reason: str) -> End:
+    """Leave a saga to a person, naming what is not undone."""
+    undos = run.undos
+    left = [step for step in run.steps.values() if step.open and not step.own and step.index not in undos]
+    named = ", ".join(f"{step.index} ({step.name}, {step.state})" for step in left)
+    told = f"{reason}. Not undone: {named}" if named else reason
+    await run.written(owning.fail_compensation(run.fence, told))
+    run.state = SagaState.FAILED_COMPENSATION
+    return End(run.state, told)
+
+
+async def _reload(run: Run) -> None:
+    """A write whose answer was lost may have ended a step that is pending here."""
+    record = await Write(reading.get(run.saga_id))
+    for stored in record.steps:
+        step = Step.of(stored)
+        before = run.steps.get(step.index)
+        step.cmd = None if before is None else before.cmd
+        run.steps[step.index] = step
+
+
+def _handler(run: Run, step: Step) -> Handler:
+    handler = run.handler_named(step.name)
+    if handler is None:
+        raise Unknown(f"no handler here takes the command {step.name!r} of step {step.index}")
+    check_callable(run.policy, handler)
+    return handler
+
+
+def _refuse_unknown(run: Run) -> None:
+    """Nothing is begun for a saga that this process could not undo to its end."""
+    for step in run.steps.values():
+        if step.open and not step.own:
+            _handler(run, step)
+
+
+async def _settle_doubts(run: Run) -> None:
+    """What became of steps that are pending: known by trying again, or left in doubt as their policy says."""
+    for step in run.forward():
+        if step.state is not StepState.PENDING or _undo_of(run, step) is not None:
+            continue
+        handler = _handler(run, step)
+        cmd = handler.read_cmd(step.cmd_json, run.saga_id, step.index)
+        outcome = await known(run, handler, step, cmd, forward=False)
+        if isinstance(outcome, Doubt) and run.unknown_policy(handler) == "stop":
+            raise _Blocked(f"step {step.index} ({step.name}) is in doubt: {outcome.reason}")
+
+
+def _undo_of(run: Run, step: Step) -> Step | None:
+    """The row that undoes a step, unless that did nothing."""
+    undo = None if step.compensated_by is None else run.steps.get(step.compensated_by)
+    return None if undo is None or undo.state is StepState.FAILED else undo
+
+
+async def _undo(run: Run, step: Step) -> None:
+    """Undo one step.
+
+    Raises:
+        _Blocked: It cannot be done.
+        _Early: Something of its last try may still be under way.
+        Unknown: No handler here takes its command, or the one that undoes it.
+    """
+    if step.own:
+        await _mark(run, step)
+        return
+    begun = _undo_of(run, step)
+    if begun is not None:
+        handler = _handler(run, begun)
+        cmd = handler.read_cmd(begun.cmd_json, run.saga_id, begun.index)
+        await _finish(run, handler, begun, cmd, again=True)
+        return
+    handler = _handler(run, step)
+    if handler.read_only:
+        await _mark(run, step)
+        return
+    if step.state is StepState.PENDING:
+        await _wait_out(run, step)
+    cmd = _derived(run, handler, step)
+    try:
+        undo_handler = run.policy.bus.handler_of(cmd)
+    except UnusableHandler as error:
+        raise Unknown(f"no handler here takes {type(cmd).__name__}, which undoes step {step.index}") from error
+    check_callable(run.policy, undo_handler)
+    undo = await begin_undo(run, undo_handler, cmd, [step])
+    await _finish(run, undo_handler, undo, cmd, again=False)
+
+
+async def _mark(run: Run, step: Step) -> None:
+    """There is nothing to undo in it."""
+    await run.written(owning.mark_step_compensated(run.fence, step.index))
+    step.state = StepState.COMPENSATED
+
+
+async def _wait_out(run: Run, step: Step) -> None:
+    left = (step.deadline_at or 0) - now_ms()
+    if left <= 0:
+        return
+    if not run.patient:
+        raise _Early(step, step.deadline_at or 0)
+    await Sleep(left / 1000)
+
+
+def _derived(run: Run, handler: Handler, step: Step) -> Any:
+    """The command that undoes a step, derived from what the log holds of it."""
+    compensation = run.policy.bus.compensation_of(handler)
+    if compensation is None:
+        raise Unknown(f"nothing here says how step {step.index} ({step.name}) is undone")
+    what = f"what undoes step {step.index} ({step.name}) cannot be derived"
+    try:
+        cmd = handler.read_cmd(step.cmd_json, run.saga_id, step.index)
+        happened = step.state is StepState.SUCCEEDED
+        output = handler.read_output(step.output_json, run.saga_id, step.index) if happened else None
+        derived = compensation.function(cmd, output)
+    except Exception as error:
+        raise _Blocked(f"{what}: {reason_of(error)}") from error
+    if derived is None:
+        raise _Blocked(f"{what}: its compensation returned None")
+    return derived
+
+
+async def begin_undo(run: Run, handler: Handler, cmd: Any, undone: Sequence[Step]) -> Step:
+    """Write the row of an undo, and link the steps that it undoes to it."""
+    index = run.take_undo_index()
+    text = encode(cmd, f"compensate with {handler.name}", run.saga_id, index)
+    now = now_ms()
+    due = now + int((handler.timeout + handler.settle) * 1000)
+    indexes = tuple(step.index for step in undone)
+    await run.written(owning.begin_undo(run.fence, index, handler.name, text, due, indexes))
+    undo = run.steps[index] = Step(index, handler.name, text, StepState.PENDING, now, due, cmd=cmd)
+    for step in undone:
+        step.compensated_by = index
+    return undo
+
+
+async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bool) -> None:
+    """Call an undo's handler until it is done, and mark what it undid with it, in one transaction."""
+    retry = handler.retry or _DEFAULT
+    if again:
+        if not may_try(undo, retry):
+            raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
+        due = now_ms() + int((handler.timeout + handler.settle) * 1000)
+        await run.written(owning.try_again(run.fence, undo.index, due))
+    try:
+        await undo_until_known(run, handler, undo, cmd, retry)
+    except StepFailed as failure:
+        raise _Blocked(f"the undo in row {undo.index} ({undo.name}) {_told(failure)}") from failure
+
+
+def _told(failure: StepFailed) -> str:
+    return f"was refused: {failure.reason}" if failure.kind == "failed" else f"is in doubt: {failure.reason}"
+
+
+async def undo_until_known(run: Run, handler: Handler, undo: Step, cmd: Any, retry: Retry) -> Any:
+    """Call an undo's handler; what it undid is marked with its end.
+
+    Raises:
+        StepFailed: It was refused, or stays in doubt; the steps are not undone.
+    """
+    undone = [step for step in run.steps.values() if step.compensated_by == undo.index]
+    newest = max(step.index for step in undone)
+    compensates = Compensates(newest, run.key_of(newest))
+    outcome = await tried(run, handler, undo, cmd, retry, compensates)
+    if isinstance(outcome, Doubt):
+        failure = StepFailed("in_doubt", outcome.reason, saga_id=run.saga_id, step_index=undo.index, name=undo.name)
+        raise failure from outcome.error
+    if isinstance(outcome, Refused):
+        await fail(run, undo, outcome.reason)
+        refusal = StepFailed("failed", outcome.reason, saga_id=run.saga_id, step_index=undo.index, name=undo.name)
+        raise refusal from outcome.error
+    if not handler.transactional:
+        await run.written(owning.end_undo(run.fence, undo.index, outcome.text))
+    for step in (undo, *undone):
+        step.state = StepState.COMPENSATED
+    return outcome.value
+
+
+async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
+    """Undo by hand: one command for several dispatched ones, the newest if none is named.
+
+    Raises:
+        UnusableHandler: Nothing takes the command, or what it is to undo was not dispatched, did not succeed, or is
+            undone; nothing was written.
+        StepFailed: The undo was refused or stays in doubt.
+    """
+    run.refuse_stopped()
+    handler = run.policy.bus.handler_of(cmd)
+    check_callable(run.policy, handler)
+    undone = _chosen(run, cmd, undoes)
+    run.replay.clear()
+    undo = await begin_undo(run, handler, cmd, undone)
+    try:
+        return await undo_until_known(run, handler, undo, cmd, handler.retry or _DEFAULT)
+    except StepFailed as failure:
+        if failure.kind == "in_doubt":
+            run.stop(failure)
+        raise
+
+
+def _chosen(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> list[Step]:
+    asked = f"compensate with {type(cmd).__name__} in saga {run.saga_id}"
+    done = [step for step in run.forward() if step.state is StepState.SUCCEEDED and not step.own]
+    if undoes is None:
+        if not done:
+            raise UnusableHandler(asked, "no step is there to be undone", hint="Dispatch comes first.")
+        return done[:1]
+    chosen = []
+    for wanted in undoes:
+        found = next((step for step in done if step.cmd is wanted), None) or next(
+            (step for step in done if step.cmd == wanted), None
+        )
+        if found is None:
+            raise UnusableHandler(
+                asked,
+                f"a {type(wanted).__name__} in undoes= was not dispatched by this saga, did not succeed, or is undone",
+                hint="Name commands that ctx.dispatch() was called with.",
+            )
+        chosen.append(found)
+        done.remove(found)
+    if not chosen:
+        raise UnusableHandler(asked, "undoes= is empty", hint="Name the commands, or leave it out for the newest.")
+    return chosen
+
+
+def why(error: BaseException) -> str:
+    """The reason of an unwinding, as it is recorded."""
+    if isinstance(error, StepFailed):
+        told = "failed" if error.kind == "failed" else "is in doubt"
+        return f"step {error.step_index} ({error.name}) {told}: {error.reason}"
+    if isinstance(error, SagaLogError) and error.code == "saga_stopped":
+        return str(error).rstrip(".")
+    return reason_of(error)

@@ -1,0 +1,97 @@
+"""A way to a log's database with connections of its own, for a thread beside those that work.
+
+A process's lease is renewed through it: the host's pool may be empty, and an
+event loop may be busy, for longer than the lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import Engine
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from sagalog.log.database import Operation
+from sagalog.log.engine import EngineBind
+from sagalog.log.file import FileBind
+
+R = TypeVar("R")
+
+
+class Apart(Protocol):
+    """Runs operations, from one thread."""
+
+    def perform(self, operation: Operation[R]) -> R:
+        """Run one operation in a transaction of its own."""
+        ...
+
+    def close(self) -> None:
+        """Give back its connections."""
+        ...
+
+
+def apart_of(bind: object) -> Apart | None:
+    """Another way to the database of a bind.
+
+    Returns:
+        None for an in-memory database of one connection: no other thread may use it.
+    """
+    inner = inner_bind(bind)
+    if isinstance(inner, FileBind):
+        # In memory the log itself may be used by any thread; it is not this one's to close.
+        return _Shared(inner) if inner.path is None else FileBind(inner.path, inner.sql, durability=inner.durability)
+    if not isinstance(inner, EngineBind) or isinstance(inner.engine.pool, StaticPool | SingletonThreadPool):
+        return None
+    engine = inner.engine
+    again = Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=True)
+    if engine.dialect.is_async:
+        return _InOwnLoop(again, inner)
+    return EngineBind(again, inner.sql, owned=True)
+
+
+def inner_bind(bind: object) -> object:
+    """The sync bind of an async one; a sync bind itself."""
+    return getattr(bind, "file", None) or getattr(bind, "bind", None) or bind
+
+
+class _Shared:
+    """The log's own bind, which is safe across threads."""
+
+    def __init__(self, file: FileBind) -> None:
+        self.perform = file.perform
+
+    def close(self) -> None:
+        """See `Apart`."""
+
+
+class _InOwnLoop:
+    """Over an async driver: its connections belong to the loop that opened them."""
+
+    def __init__(self, engine: Engine, like: EngineBind) -> None:
+        from sagalog.log.asynchronous import GreenletBind, sleep_in_greenlet
+
+        self._bind = GreenletBind(EngineBind(engine, like.sql, owned=True, sleep=sleep_in_greenlet), self._dispose)
+        self._engine = engine
+        self._runner: asyncio.Runner | None = None
+
+    async def _dispose(self) -> None:
+        from sqlalchemy.util import greenlet_spawn
+
+        await greenlet_spawn(self._engine.dispose)
+
+    def _run(self, work: Any) -> Any:
+        if self._runner is None:
+            self._runner = asyncio.Runner()
+        return self._runner.run(work)
+
+    def perform(self, operation: Operation[R]) -> R:
+        """See `Apart`."""
+        answer: R = self._run(self._bind.perform(operation))
+        return answer
+
+    def close(self) -> None:
+        """See `Apart`."""
+        self._run(self._bind.close())
+        assert self._runner is not None
+        self._runner.close()

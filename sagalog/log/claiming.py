@@ -1,0 +1,119 @@
+"""The operations of a process: its lease, and the sagas that it takes over or starts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sagalog.log.database import Call, Database, Kind, Operation
+from sagalog.log.sagas import new_token
+
+
+class Candidate(NamedTuple):
+    """A saga that may be taken over, as it was seen."""
+
+    saga_id: int
+    epoch: int
+    name: str
+    recoveries: int = 0
+
+
+def renew(executor_id: str, label: str, lease_ms: int) -> Operation[None]:
+    """Hold the lease for so long from now, by the database's clock; a lapsed one is kept as well."""
+
+    def run(db: Database) -> None:
+        db.write(db.sql.executors.renew, {"executor_": executor_id, "label_": label, "lease_": lease_ms})
+
+    return Call("renew", Kind.WRITE, run)
+
+
+def retire(executor_id: str) -> Operation[None]:
+    """The executor is gone; whatever it still owns is anybody's at once."""
+
+    def run(db: Database) -> None:
+        db.write(db.sql.executors.retire, {"executor_": executor_id})
+
+    return Call("retire", Kind.WRITE, run)
+
+
+def forget_dead(older_than_ms: int) -> Operation[None]:
+    """Delete executors whose lease ran out so long ago, and that own nothing unresolved."""
+
+    def run(db: Database) -> None:
+        db.write(db.sql.executors.forget_dead, {"lease_": older_than_ms})
+
+    return Call("forget_dead", Kind.WRITE, run)
+
+
+def candidates(executor_id: str, limit: int, *, adopt: bool) -> Operation[list[Candidate]]:
+    """Unresolved sagas whose executor is gone, or is this one, fewest take-overs first."""
+
+    def run(db: Database) -> list[Candidate]:
+        rows = db.fetch(db.sql.executors.candidates(adopt), executor_=executor_id, limit_=limit)
+        return [Candidate(*row) for row in rows]
+
+    return Call("recover", Kind.READ, run)
+
+
+def unowned(limit: int) -> Operation[list[tuple[int, str]]]:
+    """Unresolved sagas that never belonged to a coordinator: (saga_id, name)."""
+
+    def run(db: Database) -> list[tuple[int, str]]:
+        return [(row[0], row[1]) for row in db.fetch(db.sql.executors.unowned, limit_=limit)]
+
+    return Call("recover", Kind.READ, run)
+
+
+def claim(seen: Candidate, executor_id: str, *, adopt: bool) -> Operation[bool]:
+    """Take a saga over, unless somebody else did: one compare-and-set, which raises the epoch."""
+    token = new_token()
+
+    def run(db: Database) -> bool:
+        values = {"id_": seen.saga_id, "epoch_": seen.epoch, "executor_": executor_id, "token_": token}
+        return db.write(db.sql.executors.claim(adopt), values) == 1
+
+    return Call("claim", Kind.WRITE, run, seen.saga_id)
+
+
+def submitted(limit: int) -> Operation[list[Candidate]]:
+    """Submitted sagas whose time has come, oldest first."""
+
+    def run(db: Database) -> list[Candidate]:
+        return [Candidate(*row) for row in db.fetch(db.sql.executors.submitted, limit_=limit)]
+
+    return Call("submitted", Kind.READ, run)
+
+
+def next_run_at() -> Operation[int | None]:
+    """Milliseconds until the next submitted saga's time comes; None if none waits for one."""
+
+    def run(db: Database) -> int | None:
+        waits: int | None = db.fetch(db.sql.executors.next_run_at)[0][0]
+        return waits
+
+    return Call("next_run_at", Kind.READ, run)
+
+
+def claim_submitted(seen: Candidate, executor_id: str, deadline_at: int | None) -> Operation[bool]:
+    """Start a submitted saga, unless somebody else did."""
+
+    def run(db: Database) -> bool:
+        values = {"id_": seen.saga_id, "epoch_": seen.epoch, "executor_": executor_id, "deadline_": deadline_at}
+        return db.write(db.sql.executors.claim_submitted, values) == 1
+
+    return Call("claim", Kind.WRITE, run, seen.saga_id)
+
+
+def environment(named: str | None) -> Operation[str | None]:
+    """What the log remembers as its environment; the first that is named is remembered.
+
+    Args:
+        named: This process's environment, or None.
+    """
+
+    def run(db: Database) -> str | None:
+        if named is not None:
+            db.write(db.sql.executors.remember_environment, {"value_": named})
+        rows = db.fetch(db.sql.executors.environment)
+        return str(rows[0][0]) if rows and rows[0][0] is not None else None
+
+    return Call("environment", Kind.SEVERAL if named is not None else Kind.READ, run)

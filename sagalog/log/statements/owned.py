@@ -1,0 +1,178 @@
+"""The statements of the executor that owns a saga: the same ones, each comparing the saga's epoch.
+
+Under a lock on the saga's row, in the same statement: on Postgres a comparison
+without it loses the race against a take-over, at every isolation level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
+from typing import Any
+
+from sqlalchemy import ColumnElement, and_, case, exists, func, literal_column, null, select, true, update
+
+from sagalog.log.statements.clause import Statement, bind, literal, one_of
+from sagalog.log.statements.sagas import SagaStatements
+from sagalog.log.statements.steps import StepStatements
+from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, SagaState, StepState, step_sources
+
+
+class OwnedStatements(SagaStatements, StepStatements):
+    """Those of one placement."""
+
+    @property
+    def _this_saga(self) -> ColumnElement[bool]:
+        return and_(self.saga.c.saga_id == bind("id_"), self.saga.c.epoch == bind("epoch_"))
+
+    def _saga_is(self, states: Iterable[str]) -> ColumnElement[bool]:
+        held: Any = (
+            select(literal_column("1")).select_from(self.saga).where(self._this_saga, one_of(states, self.saga.c.state))
+        )
+        return exists(held.with_for_update(key_share=True))
+
+    @property
+    def _not_cancelled(self) -> ColumnElement[bool]:
+        return self.saga.c.cancel_reason.is_(None)  # type: ignore[no-any-return]
+
+    # Sagas
+
+    @property
+    def _new_saga(self) -> dict[str, Any]:
+        return {
+            **super()._new_saga,
+            "state": bind("state_"),
+            "version": bind("version_"),
+            "executor_id": bind("executor_"),
+            "epoch": bind("epoch_"),
+            "run_at": bind("run_at_"),
+            "deadline_at": bind("deadline_"),
+            "trace_context": bind("trace_"),
+        }
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    def complete(self, cancellable: bool) -> Statement:  # noqa: FBT001 - a cache key
+        """`completed`, with the result; refused while a step is pending, or if a cancel was asked for."""
+        moved = self._move_saga(
+            SagaState.COMPLETED,
+            also=self._not_cancelled if cancellable else true(),
+            result_json=bind("result_"),
+            terminal_at=bind("at_"),
+            failure_reason=null(),
+        )
+        return Statement(moved)
+
+    @cached_property
+    def release(self) -> Statement:
+        """Nobody's; `given_` take-overs are not counted."""
+        return Statement(
+            update(self.saga)
+            .where(self._this_saga, self.saga.c.executor_id == bind("executor_"))
+            .values(executor_id=null(), recoveries=self.saga.c.recoveries - bind("given_"))
+        )
+
+    @cached_property
+    def give_up(self) -> Statement:
+        """Nobody's, and whoever ran it may not write any more."""
+        return Statement(
+            update(self.saga)
+            .where(self._this_saga, one_of(OPEN_FOR_STEPS, self.saga.c.state))
+            .values(executor_id=null(), epoch=self.saga.c.epoch + literal_column("1"))
+        )
+
+    # Steps
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    def begin_step(self, cancellable: bool) -> Statement:  # noqa: FBT001 - a cache key
+        """A pending row with the deadline of its first try."""
+        pending = {**self._pending_step, "deadline_at": bind("deadline_")}
+        also = self._not_cancelled if cancellable else true()
+        return Statement(self._insert_step(OPEN_FOR_STEPS, pending, also).on_conflict_do_nothing())
+
+    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    def record_step(self, cancellable: bool) -> Statement:  # noqa: FBT001 - a cache key
+        """A row that was succeeded from the beginning: there is no effect that it could leave in doubt."""
+        ended = {
+            **self._pending_step,
+            "state": literal(StepState.SUCCEEDED),
+            "output_json": bind("output_"),
+            "ended_at": bind("at_"),
+        }
+        also = self._not_cancelled if cancellable else true()
+        return Statement(self._insert_step(OPEN_FOR_STEPS, ended, also).on_conflict_do_nothing())
+
+    def _end_step(self, target: StepState) -> Statement:
+        return Statement(
+            update(self.step)
+            .where(self._this_step, one_of(step_sources(target), self.step.c.state), self._saga_is(OPEN_FOR_STEPS))
+            .values(state=literal(target), output_json=bind("output_"), ended_at=bind("at_"))
+        )
+
+    @cached_property
+    def note_doubt(self) -> Statement:
+        """What was raised last, if something was, and until when a try may still be under way."""
+        return Statement(
+            update(self.step)
+            .where(self._this_step, self.step.c.state == literal(StepState.PENDING), self._saga_is(OPEN_FOR_STEPS))
+            .values(error=func.coalesce(bind("error_"), self.step.c.error), deadline_at=bind("deadline_"))
+        )
+
+    @cached_property
+    def end_undo(self) -> Statement:
+        """The row of an undo, pending, is done."""
+        return Statement(
+            update(self.step)
+            .where(self._this_step, self.step.c.state == literal(StepState.PENDING), self._saga_is(OPEN_FOR_STEPS))
+            .values(state=literal(StepState.COMPENSATED), output_json=bind("output_"), ended_at=bind("at_"))
+        )
+
+    @cached_property
+    def link_undo(self) -> Statement:
+        """A forward step is undone by a row."""
+        return Statement(
+            update(self.step)
+            .where(
+                self._this_step,
+                one_of((StepState.PENDING, StepState.SUCCEEDED), self.step.c.state),
+                self._saga_is(OPEN_FOR_STEPS),
+            )
+            .values(compensated_by=bind("undo_"))
+        )
+
+    @cached_property
+    def mark_undone(self) -> Statement:
+        """The steps that a finished row undid."""
+        which = and_(self.step.c.saga_id == bind("id_"), self.step.c.compensated_by == bind("index_"))
+        return self._mark_compensated(which, (StepState.PENDING, StepState.SUCCEEDED))
+
+    @cached_property
+    def move_by_operator(self) -> Statement:
+        """A saga that needs a person is given back to recovery."""
+        c = self.saga.c
+        running = literal(SagaState.RUNNING)
+        return Statement(
+            update(self.saga)
+            .where(self._this_saga, c.state == literal(SagaState.FAILED_COMPENSATION))
+            .values(
+                state=case((bind("state_") == running, running), else_=literal(SagaState.COMPENSATING)),
+                executor_id=null(),
+                epoch=c.epoch + literal_column("1"),
+                recoveries=literal_column("0"),
+                terminal_at=null(),
+            )
+        )
+
+    @cached_property
+    def to_quarantine(self) -> Statement:
+        """An open saga is given to a person."""
+        return Statement(
+            update(self.saga)
+            .where(self._this_saga, one_of(CANCELLABLE, self.saga.c.state))
+            .values(
+                state=literal(SagaState.FAILED_COMPENSATION),
+                executor_id=null(),
+                epoch=self.saga.c.epoch + literal_column("1"),
+                failure_reason=bind("reason_"),
+                terminal_at=bind("at_"),
+            )
+        )
