@@ -14,9 +14,9 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
-from sagalog.coordinator.commands import Compensates, Retry, StepInfo
+from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.definition import Definition
-from sagalog.coordinator.effects import Call, Invoke, Sleep, Together, Write
+from sagalog.coordinator.effects import Call, Info, Invoke, Sleep, Together, Write
 from sagalog.coordinator.signature import events_of, takes_none
 from sagalog.errors import (
     LeaseLost,
@@ -169,7 +169,7 @@ class Run:
     @property
     def reached_pivot(self) -> bool:
         """Whether a step that cannot be undone succeeded, or is in doubt."""
-        return any(self.is_pivot(step) for step in self.steps.values())
+        return self.policy.bus.has_pivots and any(self.is_pivot(step) for step in self.steps.values())
 
     def unknown_policy(self, handler: Handler) -> OnUnknown:
         """What becomes of a step of this handler that stays in doubt."""
@@ -230,26 +230,21 @@ class Run:
         if os.getpid() != self._pid:
             # A forked child knows the parent's epoch, and is not the parent.
             raise self.stop(LeaseLost(operation.asked, self.saga_id, epoch=self.fence.epoch, found=self.fence.epoch))
-        try:
-            return await self._written_at_last(operation)
-        except (LeaseLost, LogUnavailable) as error:
-            raise self.stop(error) from error.__cause__
-        except owning.CancelAsked as asked:
-            name = f"{self.name} of saga {self.saga_id}"
-            problem = f"it was asked to cancel: {asked.reason}"
-            raise self.stop(Stopped(name, problem, saga_id=self.saga_id, found="cancel", outcome="")) from None
-
-    async def _written_at_last(self, operation: Operation[R]) -> R:
-        for wait in (*_WAITS_FOR_THE_LOG, None):
+        wait = 0
+        while True:
             try:
-                answer: R = await Write(operation)
-            except LogUnavailable:
-                if wait is None:
-                    raise
-                await Sleep(wait)
-            else:
-                return answer
-        raise AssertionError("the last try returns or raises")
+                return await Write(operation)  # type: ignore[no-any-return]
+            except LogUnavailable as error:
+                if wait == len(_WAITS_FOR_THE_LOG):
+                    raise self.stop(error) from error.__cause__
+                await Sleep(_WAITS_FOR_THE_LOG[wait])
+                wait += 1
+            except LeaseLost as error:
+                raise self.stop(error) from error.__cause__
+            except owning.CancelAsked as asked:
+                name = f"{self.name} of saga {self.saga_id}"
+                problem = f"it was asked to cancel: {asked.reason}"
+                raise self.stop(Stopped(name, problem, saga_id=self.saga_id, found="cancel", outcome="")) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +294,7 @@ async def tried(
     transactional = handler.transactional
     while True:
         due = now_ms() + int(handler.timeout * 1000)
-        info = StepInfo(run.saga_id, step.index, attempt, from_ms(due), key, compensates)
+        info = Info(run.saga_id, step.index, attempt, due, key, compensates)
         ended = _ending_of(run, step, undo=compensates is not None) if transactional else None
         await _hold_still(run, handler, step)
         try:

@@ -342,11 +342,14 @@ class SagaCoordinator(_Shell):
         return self._together(effect)
 
     def _invoke(self, effect: Invoke[Any]) -> Any:
-        handler = effect.handler
-        with self._core.executor.watching(effect.fence, effect.info.step_index, handler.timeout, handler.settle):
+        handler, executor = effect.handler, self._core.executor
+        ticket = executor.watch(effect.fence, effect.info.step_index, handler.timeout, handler.settle)
+        try:
             if handler.transactional:
                 return self._transactions.perform(effect, effect.arguments)
             return handler.function(*effect.arguments(None))
+        finally:
+            executor.unwatch(ticket)
 
     def _together(self, effect: Together[Any]) -> list[Settled[Any]]:
         ends: list[Settled[Any]] = [Settled(None, None)] * len(effect.flows)
