@@ -71,6 +71,11 @@ class Executor:
             self._begin_anew()
         return not self._registered or (self._thread is None and time.monotonic() >= self._renew_at)
 
+    @property
+    def is_registered(self) -> bool:
+        """Whether the lease was written since the start."""
+        return self._registered
+
     def is_forked(self) -> bool:
         """Whether this is a child of the process that the identity belongs to."""
         return self._pid != os.getpid()

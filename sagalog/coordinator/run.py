@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
 from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.definition import Definition
-from sagalog.coordinator.effects import Call, Info, Invoke, Sleep, Together, Write
+from sagalog.coordinator.effects import Call, Info, Invoke, OutOfTime, Sleep, Together, Write
 from sagalog.coordinator.signature import events_of, takes_none
 from sagalog.errors import (
     LeaseLost,
@@ -31,7 +31,7 @@ from sagalog.log import owning
 from sagalog.log.database import Operation
 from sagalog.log.owning import Fence
 from sagalog.moments import from_ms, now_ms, to_ms
-from sagalog.payload import check_text, decode, encode
+from sagalog.payload import check_text, decode, encode, printable
 from sagalog.records import StepRecord
 from sagalog.states import SagaState, StepState
 
@@ -61,6 +61,7 @@ class Step:
     output_json: str | None = None
     compensated_by: int | None = None
     cmd: Any = None
+    tries: int = 0
 
     @classmethod
     def of(cls, record: StepRecord) -> Step:
@@ -206,8 +207,8 @@ class Run:
             self.stopped = error
         return self.stopped
 
-    def refuse_stopped(self) -> None:
-        """Raise why the saga may not go on, if it may not."""
+    def refuse_stopped(self, *, undoing: bool = False) -> None:
+        """Raise why the saga may not go on, if it may not; that its time is up never stops an undo."""
         if self.stopped is not None:
             raise self.stopped
         if self.over:
@@ -216,7 +217,9 @@ class Run:
                 "its function has returned",
                 hint="Dispatch inside the saga's function only.",
             )
-        if self.deadline_at is not None and now_ms() >= self.deadline_at and not self.reached_pivot:
+        if undoing or self.deadline_at is None or now_ms() < self.deadline_at:
+            return
+        if not self.reached_pivot:
             asked = f"{self.name} of saga {self.saga_id}"
             raise self.stop(Stopped(asked, "its time is up", saga_id=self.saga_id, found="deadline", outcome=""))
 
@@ -278,8 +281,8 @@ def reason_of(error: BaseException) -> str:
     """What an exception says, for the log."""
     text = str(error)
     if isinstance(error, StepRejected):
-        return text or "rejected"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return printable(text) or "rejected"
+    return printable(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 # Trying a step
@@ -296,15 +299,15 @@ async def tried(
         due = now_ms() + int(handler.timeout * 1000)
         info = Info(run.saga_id, step.index, attempt, due, key, compensates)
         ended = _ending_of(run, step, undo=compensates is not None) if transactional else None
-        await _hold_still(run, handler, step)
+        await _keep_up(run, handler, step)
         try:
             value: Any = await Invoke(handler, cmd, info, run.fence, ended)
         except owning.AlreadyEnded as found:
             text = found.output_json or "[]"
             return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
-        except handler.rejects as error:
-            return Refused(reason_of(error), error)
         except Exception as error:
+            if isinstance(error, handler.rejects) and not isinstance(error, OutOfTime):
+                return Refused(reason_of(error), error)
             if isinstance(error, LeaseLost) and error.saga_id == run.saga_id:
                 raise run.stop(error) from None
             if transactional and not isinstance(error, LogUnavailable):
@@ -317,6 +320,7 @@ async def tried(
                 # It happened, and what it returned cannot be held: to try again would not help.
                 await _note_doubt(run, handler, step, error, 0.0)
                 return Doubt(reason_of(error), error)
+        step.tries = attempt
         again = attempt < retry.attempts and may_try(step, retry)
         if not again and handler.read_only:
             return Refused(reason_of(failed), failed)
@@ -328,9 +332,9 @@ async def tried(
         attempt += 1
 
 
-async def _hold_still(run: Run, handler: Handler, step: Step) -> None:
-    """A process that slept past the deadline that it wrote asks the log first: somebody may be undoing the step."""
-    if step.deadline_at is not None and now_ms() >= step.deadline_at:
+async def _keep_up(run: Run, handler: Handler, step: Step) -> None:
+    """A process that slept, or waited, since it wrote the step owns the saga still, or does not call its handler."""
+    while step.deadline_at is not None and now_ms() >= step.deadline_at:
         step.deadline_at = _due(handler)
         await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
 
@@ -532,7 +536,7 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     retry = handler.retry
     if did_nothing and not forward:
         outcome: Outcome = Refused("its process died before it was done", Stopped("", ""))
-    elif did_nothing or run.again or (retry is not None and may_try(step, retry)):
+    elif did_nothing or run.again or (retry is not None and step.tries == 0 and may_try(step, retry)):
         step.deadline_at = _due(handler)
         await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
         outcome = await tried(run, handler, step, cmd, retry_of(handler))
