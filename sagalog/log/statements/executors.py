@@ -79,7 +79,7 @@ class ExecutorStatements(Tables):
         """Unresolved sagas whose executor is gone, fewest take-overs first."""
         c = self.saga.c
         return Statement(
-            select(c.saga_id, c.epoch, c.name, c.recoveries)
+            select(c.saga_id, c.epoch, c.name, c.recoveries, c.executor_id == bind("executor_"))
             .where(one_of(UNRESOLVED, c.state), self._is_free(adopt=adopt))
             .order_by(c.recoveries, c.saga_id)
             .limit(bind("limit_"))
