@@ -121,7 +121,7 @@ class Waiting:
 
     def __init__(self, target: Any, wait: Callable[[Any], Any]) -> None:
         self.target = target
-        self.wait = wait
+        self._wait = wait
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self.target, name)
@@ -130,24 +130,24 @@ class Waiting:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             answer = found(*args, **kwargs)
-            return self.wait(answer) if asyncio.iscoroutine(answer) else answer
+            return self._wait(answer) if asyncio.iscoroutine(answer) else answer
 
         return call
 
     @contextmanager
     def worker(self, **options: Any) -> Iterator[Any]:
         worker = self.target.worker(**options)
-        self.wait(worker.start())
+        self._wait(worker.start())
         try:
             yield worker
         finally:
-            self.wait(worker.shutdown())
+            self._wait(worker.shutdown())
 
     def saga(self, name: str, **options: Any) -> Callable[[Any], Any]:
         def register(function: Any) -> Any:
             @functools.wraps(function)
             async def asaga(ctx: Any, *input: Any) -> Any:
-                return await asyncio.to_thread(function, Waiting(ctx, self.wait), *input)
+                return await asyncio.to_thread(function, Waiting(ctx, self._wait), *input)
 
             return self.target.saga(name, **options)(asaga)
 

@@ -7,7 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Sleep, Write
@@ -33,11 +33,13 @@ from sagalog.moments import now_ms, to_ms
 from sagalog.payload import check_text, encode
 from sagalog.states import SagaState
 
+T = TypeVar("T")
 _log = logging.getLogger("sagalog")
 _PAGE = 1000
 _FAIRNESS = 4
 _FORGOTTEN_AFTER_MS = 24 * 3600 * 1000
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5
+_ENDED = (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED)
 
 
 class Job(NamedTuple):
@@ -111,22 +113,42 @@ class Core:
         await self.registered()
         token = new_token()
         deadline = _deadline(definition)
-        begun = await Write(
-            owning.begin_saga(
-                definition.name,
-                text,
-                key=key,
-                version=definition.version,
-                executor_id=self.executor.executor_id,
-                deadline_at=deadline,
-                token=token,
-            )
+        beginning = owning.begin_saga(
+            definition.name,
+            text,
+            key=key,
+            version=definition.version,
+            executor_id=self.executor.executor_id,
+            deadline_at=deadline,
+            token=token,
         )
+        begun = await self._taking(beginning, lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None)
         if not begun.created:
             return await self.outcome(definition, begun.saga_id)
         fence = Fence(begun.saga_id, 1)
         run = Run(self.policy, definition, fence, token, name=definition.name, deadline_at=deadline)
         return await self.owning(fence, execute, run, definition, input)
+
+    async def _taking(self, operation: Operation[T], fence_of: Callable[[T], Fence | None]) -> T:
+        """Make a saga this process's; until the answer is here, no other thread takes it for one that was left."""
+        executor, ticket = self.executor, object()
+        coming, active = executor.coming, executor.active
+        coming.add(ticket)
+        try:
+            answer: T = await Write(operation)
+            fence = fence_of(answer)
+            if fence is not None:
+                active[fence.saga_id] = fence
+            return answer
+        finally:
+            coming.discard(ticket)
+
+    async def _claimed(self, claim: Operation[bool], fence: Fence) -> bool:
+        try:
+            return await self._taking(claim, lambda won: fence if won else None)
+        except LogUnavailable:
+            self.executor.strand(fence)  # it may be this process's all the same
+            raise
 
     async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:
         """Work on a saga that this process owns; what it stops working on is given back for recovery."""
@@ -140,13 +162,16 @@ class Core:
             self.executor.strand(fence)
             raise
         except BaseException as error:
-            if not isinstance(error, Exception):
+            if not (isinstance(error, SagaFailed) and error.outcome in _ENDED):
                 await self._give_back(fence)
             raise
         finally:
-            active.pop(fence.saga_id, None)
+            if active.get(fence.saga_id) is fence:
+                del active[fence.saga_id]
 
     async def _give_back(self, fence: Fence) -> None:
+        if self.executor.is_forked():
+            return  # it is the parent's
         try:
             await Write(owning.release(fence, self.executor.executor_id, counted=True))
         except Exception:
@@ -178,7 +203,7 @@ class Core:
         record = await Write(reading.get(saga_id))
         if record.state == SagaState.COMPLETED:
             return record.result if definition is None else definition.read_result(record.result_json, saga_id)
-        if record.state in (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED):
+        if record.state in _ENDED:
             raise SagaFailed(saga_id, record.name, SagaState(record.state), record.failure_reason)
         raise SagaInProgress(saga_id, record.name, record.state)
 
@@ -244,8 +269,8 @@ class Core:
         target = forward_or_back(recovery, record)
         epoch = await Write(reopening.reopen(saga_id, target, note=note, actor=actor, again=again))
         seen = Candidate(saga_id, epoch, record.name)
-        if await Write(claiming.claim(seen, self.executor.executor_id, adopt=False)):
-            fence = Fence(saga_id, epoch + 1)
+        fence = Fence(saga_id, epoch + 1)
+        if await self._claimed(claiming.claim(seen, self.executor.executor_id, adopt=False), fence):
             await self.owning(fence, finish_claimed, recovery, fence)
         return await Write(reading.get(saga_id))
 
@@ -256,9 +281,13 @@ class Core:
         now = now_ms()
         limit = most + len(passed) + len(self._not_before) + len(self.executor.active)
         found = await Write(claiming.candidates(self.executor.executor_id, limit, adopt=adopt))
+        coming = bool(self.executor.coming)  # looked at before `active`, into which what comes is moved
         page = []
         for seen in found:
             if seen.saga_id in passed or seen.saga_id in self.executor.active:
+                continue
+            if seen.own and coming:
+                passed.add(seen.saga_id)
                 continue
             if seen.name not in self.definitions:
                 passed.add(seen.saga_id)
@@ -281,15 +310,13 @@ class Core:
         recovery = Recovery(self.policy, self.definitions, self.on_crash, self.max_recoveries, executor_id)
         fence = Fence(seen.saga_id, seen.epoch + 1)
         try:
-            if not await Write(claiming.claim(seen, executor_id, adopt=adopt)):
+            if not await self._claimed(claiming.claim(seen, executor_id, adopt=adopt), fence):
                 return 0
             end = await self.owning(fence, finish_claimed, recovery, fence)
         except LeaseLost:
             return 0
         except Exception as error:
             report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
-            if not isinstance(error, LogUnavailable):
-                await self._give_back(fence)
             return 1
         if end is None:
             return 0
@@ -326,9 +353,10 @@ class Core:
         """Claim a submitted saga and run it; None if another process was faster."""
         definition = self.definitions[seen.name]
         deadline = _deadline(definition)
-        if not await Write(claiming.claim_submitted(seen, self.executor.executor_id, deadline)):
-            return None
         fence = Fence(seen.saga_id, seen.epoch + 1)
+        claim = claiming.claim_submitted(seen, self.executor.executor_id, deadline)
+        if not await self._claimed(claim, fence):
+            return None
         return await self.owning(fence, self._run_claimed, fence, definition, deadline)
 
     async def _run_claimed(self, fence: Fence, definition: Definition, deadline: int | None) -> Any:

@@ -47,6 +47,7 @@ class Executor:
         self._pid = os.getpid()
         self.executor_id = uuid.uuid4().hex
         self.active: dict[int, Fence] = {}
+        self.coming: set[object] = set()
         self._wake = threading.Condition()
         self._watched: dict[int, tuple[float, Fence, int, float]] = {}
         self._tickets = itertools.count()
@@ -67,9 +68,13 @@ class Executor:
 
     def is_due(self) -> bool:
         """Whether the coordinator itself must renew before it goes on: at first, after a fork, or with no thread."""
-        if self._pid != os.getpid():
+        if self.is_forked():
             self._begin_anew()
         return not self._registered or (self._thread is None and time.monotonic() >= self._renew_at)
+
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that the identity belongs to."""
+        return self._pid != os.getpid()
 
     def renewed(self) -> None:
         """The lease was written; the thread takes over, if it can."""
@@ -151,6 +156,8 @@ class Executor:
                 )
                 if not self._attempt(apart, operation, f"saga {fence.saga_id} could not be given up"):
                     self._watched[ticket] = (now + 1.0, fence, step_index, settle)
+                elif self.active.get(fence.saga_id) is fence:
+                    del self.active[fence.saga_id]
 
     def _give_back(self, apart: Apart) -> None:
         with self._wake:

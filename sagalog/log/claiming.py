@@ -15,6 +15,7 @@ class Candidate(NamedTuple):
     epoch: int
     name: str
     recoveries: int = 0
+    own: bool | None = False
 
 
 def renew(executor_id: str, label: str, lease_ms: int) -> Operation[None]:

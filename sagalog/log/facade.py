@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVa
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.orm import Session, scoped_session
 
-from sagalog.log import operating, pruning, reading, sagas, steps, watching
+from sagalog.log import operating, pruning, reading, reopening, sagas, steps, watching
 from sagalog.log.bind import Bind
 from sagalog.log.connections import Durability
 from sagalog.log.database import Operation
@@ -200,6 +200,23 @@ class SagaLog:
                 break
         return total
 
+    def quarantine(self, *, note: str, actor: str) -> int:
+        """Give every open saga to a person, for a restored backup or a copy of a database; audited.
+
+        No process runs or recovers them any more; each is settled, or given back by a coordinator's `retry`.
+
+        Args:
+            note: Why; it becomes the reason of each.
+            actor: Who says so.
+
+        Returns:
+            How many sagas there were.
+        """
+        total = 0
+        while (moved := self._bind.perform(reopening.quarantine_batch(note=note, actor=actor))) > 0:
+            total += moved
+        return total
+
     def close(self) -> None:
         """Close what the log opened itself. Calling it again does nothing."""
         self._bind.close()
@@ -319,6 +336,13 @@ class AsyncSagaLog:
             total += deleted
             if deleted < size:
                 break
+        return total
+
+    async def quarantine(self, *, note: str, actor: str) -> int:
+        """See `SagaLog.quarantine`."""
+        total = 0
+        while (moved := await self._bind.perform(reopening.quarantine_batch(note=note, actor=actor))) > 0:
+            total += moved
         return total
 
     async def close(self) -> None:
