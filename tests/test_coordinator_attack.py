@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import os
-import sqlite3
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.orm import Session
 
 from sagalog import (
-    AsyncSagaCoordinator,
-    AsyncSagaLog,
     CommandBus,
-    Retry,
     SagaCoordinator,
     SagaFailed,
     SagaLog,
-    StepFailed,
     StepInfo,
-    StepRejected,
 )
 from sagalog.coordinator.effects import Write
-from sagalog.errors import PayloadError, UnusableHandler
 
 
 class Reserve(BaseModel):

@@ -301,7 +301,7 @@ async def tried(
         due = now_ms() + int(handler.timeout * 1000)
         info = StepInfo(run.saga_id, step.index, attempt, from_ms(due), key, compensates)
         ended = _ending_of(run, step, undo=compensates is not None) if transactional else None
-        _refuse_late(run, step)
+        await _hold_still(run, handler, step)
         try:
             value: Any = await Invoke(handler, cmd, info, run.fence, ended)
         except owning.AlreadyEnded as found:
@@ -333,13 +333,11 @@ async def tried(
         attempt += 1
 
 
-def _refuse_late(run: Run, step: Step) -> None:
-    """A process that slept since it wrote the step does not call its handler: somebody may be undoing it."""
+async def _hold_still(run: Run, handler: Handler, step: Step) -> None:
+    """A process that slept past the deadline that it wrote asks the log first: somebody may be undoing the step."""
     if step.deadline_at is not None and now_ms() >= step.deadline_at:
-        asked = f"{step.name} of saga {run.saga_id}"
-        raise run.stop(
-            LeaseLost(asked, run.saga_id, epoch=run.fence.epoch, found=run.fence.epoch, step_index=step.index)
-        )
+        step.deadline_at = _due(handler)
+        await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
 
 
 def may_try(step: Step, retry: Retry) -> bool:
