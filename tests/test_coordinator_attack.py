@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
 from sagalog import (
+    AsyncSagaCoordinator,
+    AsyncSagaLog,
     CommandBus,
+    Retry,
     SagaCoordinator,
     SagaFailed,
     SagaLog,
+    StepFailed,
     StepInfo,
+    StepRejected,
 )
 from sagalog.coordinator.effects import Write
+from sagalog.errors import PayloadError, UnusableHandler
 
 
 class Reserve(BaseModel):
@@ -566,6 +577,29 @@ def test_a_transactional_handler_may_use_savepoints_and_flush(engine: Engine) ->
         assert coordinator.run(reserving(coordinator), 1) == 1
     with engine.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM stock")).scalar_one() == 1
+
+
+def test_a_transactional_handler_may_return_a_row_that_expires_with_its_commit(engine: Engine) -> None:
+    class Base(MappedAsDataclass, DeclarativeBase):
+        """The application's."""
+
+    class Order(Base):
+        __tablename__ = "shop_order"
+        name: Mapped[str] = mapped_column(primary_key=True)
+
+    Base.metadata.create_all(engine)
+    bus = CommandBus()
+
+    @bus.handler(transactional=True, pivot=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Any:
+        order = Order(name="lamp")
+        session.add(order)
+        session.flush()
+        return order
+
+    with SagaCoordinator(SagaLog(engine), bus) as coordinator:
+        assert coordinator.run(reserving(coordinator), 1) == 1
+        assert coordinator.log.get(1).steps[0].output == [{"name": "lamp"}]
 
 
 # Submitting
