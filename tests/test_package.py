@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -17,9 +18,24 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), fl
 
 
 def test_importing_sagalog_loads_nothing_heavy() -> None:
-    code = f"import sys, sagalog; print([name for name in {HEAVY} if name in sys.modules])"
+    code = (
+        "import sys, sagalog\n"
+        "for name in sagalog.__all__: getattr(sagalog, name)\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_names_are_loaded_when_they_are_first_asked_for() -> None:
+    code = (
+        "import sys, sagalog; print('sqlalchemy' in sys.modules); sagalog.SagaLog; print('sqlalchemy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+    assert set(sagalog.__all__) <= set(dir(sagalog))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sagalog.nothing  # noqa: B018
 
 
 def test_opening_a_current_file_loads_no_alembic(sqlite_path: Path) -> None:
@@ -35,6 +51,13 @@ def test_everything_public_is_importable_and_documented() -> None:
         for name in dir(face):
             if not name.startswith("_"):
                 assert getattr(face, name).__doc__, name
+
+
+@pytest.mark.parametrize("face", [sagalog.SagaLog, sagalog.AsyncSagaLog])
+def test_help_shows_an_operations_own_arguments_and_result(face: type) -> None:
+    log = face.__new__(face)
+    assert str(inspect.signature(log.start_saga)).startswith("(saga_id: 'int', name: 'str', input: ")
+    assert inspect.signature(log.next_step_index).return_annotation == "int"
 
 
 def test_both_faces_have_the_same_operations() -> None:

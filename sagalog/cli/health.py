@@ -39,6 +39,15 @@ def durability_of(engine: Engine) -> str:
     return ", ".join(f"{name} {value}" for name, value in _postgres_settings(engine).items())
 
 
+def wal_size_of(engine: Engine) -> int | None:
+    """The bytes of a SQLite file's write-ahead log, which come on top of the file's own; None where there is none."""
+    file = file_of(engine.url) if engine.dialect.name == "sqlite" else None
+    try:
+        return None if file is None else file.with_name(f"{file.name}-wal").stat().st_size
+    except OSError:
+        return None
+
+
 def warnings_of(engine: Engine) -> list[str]:
     """What an operator should know; each says what follows from it, and what to do."""
     if engine.dialect.name != "sqlite":
@@ -48,13 +57,8 @@ def warnings_of(engine: Engine) -> list[str]:
 
 
 def _sqlite_warnings(file: Path) -> Iterator[str]:
-    for path in (file, file.with_name(file.name + "-wal")):
-        try:
-            mode = path.stat().st_mode
-        except OSError:
-            continue
-        if mode & (stat.S_IROTH | stat.S_IWOTH):
-            yield f"Everybody on this machine can read {path}, payloads included: chmod 600 {path}"
+    if file.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        yield f"Everybody on this machine can read {file}, payloads included: chmod 600 {file}"
     synchronous, journal = _sqlite_settings(file)
     if journal == "wal" and sqlite3.sqlite_version_info < _WAL_RESET_FIXED:
         yield (

@@ -13,7 +13,7 @@ from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Sleep, Write
 from sagalog.coordinator.lease import Executor
 from sagalog.coordinator.recover import Left, OnCrash, Recovery, RecoveryReport, finish_claimed, forward_or_back
-from sagalog.coordinator.run import Policy, Run, at_last
+from sagalog.coordinator.run import Policy, Run, again
 from sagalog.coordinator.saga import execute
 from sagalog.errors import (
     LeaseLost,
@@ -129,7 +129,7 @@ class Core:
         )
         try:
             begun = await self._taking(
-                at_last(beginning), lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None
+                _written(beginning), lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None
             )
         except BaseException as error:
             if isinstance(error, LogUnavailable) or not isinstance(error, Exception | GeneratorExit):
@@ -403,6 +403,14 @@ class Core:
             await run.written(owning.compensated(fence, f"its input cannot be read: {error}"))
             raise
         return await execute(run, definition, input)
+
+
+async def _written(operation: Operation[T]) -> T:
+    """What may be repeated: a start finds its own saga again by its token."""
+    try:
+        return await Write(operation)  # type: ignore[no-any-return]
+    except LogUnavailable:
+        return await again(operation)
 
 
 def _some(page: list[Candidate], most: int) -> list[Candidate]:

@@ -14,9 +14,9 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
-from sagalog.coordinator.commands import Compensates, Retry, StepInfo
+from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.definition import Definition
-from sagalog.coordinator.effects import Call, Invoke, OutOfTime, Sleep, Together, Write
+from sagalog.coordinator.effects import Call, Info, Invoke, OutOfTime, Sleep, Together, Write
 from sagalog.coordinator.signature import events_of, takes_none
 from sagalog.errors import (
     LeaseLost,
@@ -170,7 +170,7 @@ class Run:
     @property
     def reached_pivot(self) -> bool:
         """Whether a step that cannot be undone succeeded, or is in doubt."""
-        return any(self.is_pivot(step) for step in self.steps.values())
+        return self.policy.bus.has_pivots and any(self.is_pivot(step) for step in self.steps.values())
 
     def unknown_policy(self, handler: Handler) -> OnUnknown:
         """What becomes of a step of this handler that stays in doubt."""
@@ -234,7 +234,10 @@ class Run:
             # A forked child knows the parent's epoch, and is not the parent.
             raise self.stop(LeaseLost(operation.asked, self.saga_id, epoch=self.fence.epoch, found=self.fence.epoch))
         try:
-            return await at_last(operation)
+            try:
+                return await Write(operation)  # type: ignore[no-any-return]
+            except LogUnavailable:
+                return await again(operation)
         except (LeaseLost, LogUnavailable) as error:
             raise self.stop(error) from error.__cause__
         except owning.CancelAsked as asked:
@@ -243,17 +246,16 @@ class Run:
             raise self.stop(Stopped(name, problem, saga_id=self.saga_id, found="cancel", outcome="")) from None
 
 
-async def at_last(operation: Operation[R]) -> R:
-    """Write what may be repeated: a log that is out of reach for a moment is waited for."""
-    for wait in (*_WAITS_FOR_THE_LOG, None):
+async def again(operation: Operation[R]) -> R:
+    """Write once more what may be repeated, after a log that is out of reach for a moment was waited for."""
+    last = len(_WAITS_FOR_THE_LOG) - 1
+    for number, wait in enumerate(_WAITS_FOR_THE_LOG):
+        await Sleep(wait)
         try:
-            answer: R = await Write(operation)
+            return await Write(operation)  # type: ignore[no-any-return]
         except LogUnavailable:
-            if wait is None:
+            if number == last:
                 raise
-            await Sleep(wait)
-        else:
-            return answer
     raise AssertionError("the last try returns or raises")
 
 
@@ -304,7 +306,7 @@ async def tried(
     transactional = handler.transactional
     while True:
         due = now_ms() + int(handler.timeout * 1000)
-        info = StepInfo(run.saga_id, step.index, attempt, from_ms(due), key, compensates)
+        info = Info(run.saga_id, step.index, attempt, due, key, compensates)
         ending = _Ending(run, step, undo=compensates is not None) if transactional else None
         await _keep_up(run, handler, step)
         try:

@@ -204,11 +204,14 @@ class SagaCoordinator(_Shell):
     @overload
     def run(self, saga: Callable[[SagaContext], R], /, *, key: str | None = None) -> R: ...
 
-    def run(self, saga: Callable[..., Any], /, *input: Any, key: str | None = None) -> Any:
+    @overload
+    def run(self, saga: str, /, *input: Any, key: str | None = None) -> Any: ...
+
+    def run(self, saga: Callable[..., Any] | str, /, *input: Any, key: str | None = None) -> Any:
         """Run a saga to its end.
 
         Args:
-            saga: The registered function.
+            saga: The registered function, or its name.
             input: Its input, if it takes one.
             key: The start's idempotency key: the same (name, key) never runs twice.
 
@@ -350,11 +353,14 @@ class SagaCoordinator(_Shell):
         return self._together(effect)
 
     def _invoke(self, effect: Invoke[Any]) -> Any:
-        handler = effect.handler
-        with self._core.executor.watching(effect.fence, effect.info.step_index, handler.timeout, handler.settle):
+        handler, executor = effect.handler, self._core.executor
+        ticket = executor.watch(effect.fence, effect.info.step_index, handler.timeout, handler.settle)
+        try:
             if handler.transactional:
                 return self._transactions.perform(effect, effect.arguments)
             return handler.function(*effect.arguments(None))
+        finally:
+            executor.unwatch(ticket)
 
     def _together(self, effect: Together[Any]) -> list[Settled[Any]]:
         ends: list[Settled[Any]] = [Settled(None, None)] * len(effect.flows)
@@ -414,7 +420,10 @@ class AsyncSagaCoordinator(_Shell):
     @overload
     async def run(self, saga: Callable[[AsyncSagaContext], Awaitable[R]], /, *, key: str | None = None) -> R: ...
 
-    async def run(self, saga: Callable[..., Any], /, *input: Any, key: str | None = None) -> Any:
+    @overload
+    async def run(self, saga: str, /, *input: Any, key: str | None = None) -> Any: ...
+
+    async def run(self, saga: Callable[..., Any] | str, /, *input: Any, key: str | None = None) -> Any:
         """See `SagaCoordinator.run`."""
         definition = self._core.definition_of(saga)
         return await adrive(self._core.run(definition, definition.input_of(input), key), self._perform)

@@ -100,7 +100,9 @@ def steps_in_the_way(db: Database, asked: str, saga_id: int, target: SagaState, 
         saga_id=saga_id,
         step_index=rows[0][0],
         found=found,
-        hint="End each first: finish_step(), fail_step(), compensate_step() or mark_step_compensated().",
+        hint="Settle each first: resolve_step(), or `sagalog resolve-step`."
+        if asked == "resolve"
+        else "End each first: finish_step(), fail_step(), compensate_step() or mark_step_compensated().",
     )
 
 

@@ -111,7 +111,7 @@ def _next_step(directory: ScriptDirectory, placement: Placement, from_: str | No
 
 
 def _refuse_other_branch(directory: ScriptDirectory, last: _Brought, head: str) -> None:
-    before = {script.revision for script in directory.iterate_revisions(head, "base")}
+    before = {script.revision for script in directory.walk_revisions(head=head)}
     if last.script.revision not in before:
         raise RevisionRefused(
             _ASKED,

@@ -1,0 +1,14 @@
+"""What the saga log alone can tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sagalog import SagaLog
+
+
+def in_doubt(log: SagaLog) -> Iterator[str]:
+    """A line for each saga that was begun and has no end, naming the step whose outcome nobody knows."""
+    for saga in log.unresolved_sagas():
+        waiting = [step.name for step in saga.steps if step.state == "pending"]
+        yield f"saga {saga.saga_id}: {', '.join(waiting) or 'no step'} in doubt"
