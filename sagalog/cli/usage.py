@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from sagalog.cli.text import harmless
 from sagalog.errors import PayloadError, SagaLogError
 
-GLOBAL_OPTIONS = ("--url", "--schema", "--prefix")
+GLOBAL_OPTIONS = ("--url", "--schema", "--prefix", "--app")
 
 
 class CommandError(Exception):

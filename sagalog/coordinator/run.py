@@ -60,6 +60,7 @@ class Step:
     deadline_at: int | None = None
     output_json: str | None = None
     compensated_by: int | None = None
+    error: str | None = None
     cmd: Any = None
     tries: int = 0
 
@@ -76,6 +77,7 @@ class Step:
             deadline_at=deadline,
             output_json=record.output_json,
             compensated_by=record.compensated_by,
+            error=record.error,
         )
 
     @property
@@ -358,7 +360,8 @@ def may_try(step: Step, retry: Retry) -> bool:
 async def _note_doubt(run: Run, handler: Handler, step: Step, error: BaseException, seconds: float) -> None:
     """Record what was raised, and until when something of this try may still be under way."""
     step.deadline_at = now_ms() + int((seconds + handler.settle) * 1000)
-    await run.written(owning.doubt_step(run.fence, step.index, reason_of(error), step.deadline_at))
+    step.error = reason_of(error)
+    await run.written(owning.doubt_step(run.fence, step.index, step.error, step.deadline_at))
 
 
 class _Ending:
@@ -561,7 +564,7 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
         await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
         outcome = await tried(run, handler, step, cmd, retry_of(handler))
     else:
-        return Doubt("its process died, or gave up, before its outcome was known", None)
+        return Doubt(step.error or "its process died before its outcome was known", None)
     if not isinstance(outcome, Doubt):
         await end_step(run, handler, step, outcome)
     return outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import sys
 import threading
 import time
@@ -36,7 +37,7 @@ from sagalog.coordinator.run import Policy
 from sagalog.coordinator.saga import CallSaga
 from sagalog.coordinator.transacting import Transactions
 from sagalog.coordinator.worker import AsyncWorker, Worker
-from sagalog.errors import UnusableBind, UnusableHandler
+from sagalog.errors import SagaLogError, UnusableBind, UnusableHandler
 from sagalog.log.apart import apart_of, inner_bind
 from sagalog.log.caller import CallerBind
 from sagalog.log.facade import AsyncSagaLog, SagaLog
@@ -45,6 +46,7 @@ from sagalog.records import SagaRecord
 if TYPE_CHECKING:
     from sagalog.log.facade import AsyncTarget, SyncTarget
 
+_log = logging.getLogger("sagalog")
 Input = TypeVar("Input")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -151,6 +153,11 @@ class _Shell:
             return function
 
         return register
+
+
+def _lease_stays(error: SagaLogError) -> None:
+    """A log that is closed, or out of reach, keeps the lease until it runs out by itself."""
+    _log.info("the lease was not given up, and runs out: %s", error)
 
 
 class SagaCoordinator(_Shell):
@@ -320,7 +327,10 @@ class SagaCoordinator(_Shell):
         """Give up the lease; the log stays open. Calling it again does nothing."""
         retirement = self._core.executor.retirement()
         if retirement is not None:
-            self.log._bind.perform(retirement)
+            try:
+                self.log._bind.perform(retirement)
+            except SagaLogError as error:
+                _lease_stays(error)
 
     def __enter__(self) -> SagaCoordinator:
         return self
@@ -463,7 +473,10 @@ class AsyncSagaCoordinator(_Shell):
         """See `SagaCoordinator.close`."""
         retirement = await asyncio.to_thread(self._core.executor.retirement)
         if retirement is not None:
-            await self.log._bind.perform(retirement)
+            try:
+                await self.log._bind.perform(retirement)
+            except SagaLogError as error:
+                _lease_stays(error)
         if self._threads is not None:
             self._threads.shutdown(wait=False)
             self._threads = None

@@ -29,6 +29,7 @@ from sagalog.payload import encode
 from sagalog.states import SagaState, StepState
 
 _DEFAULT = Retry()
+NOT_UNDONE = ". Not undone: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ async def to_person(run: Run, reason: str) -> End:
     undos = run.undos
     left = [step for step in run.steps.values() if step.open and not step.own and step.index not in undos]
     named = ", ".join(f"{step.index} ({step.name}, {step.state})" for step in left)
-    told = f"{reason}. Not undone: {named}" if named else reason
+    told = f"{reason}{NOT_UNDONE}{named}" if named else reason
     await run.written(owning.fail_compensation(run.fence, told))
     run.state = SagaState.FAILED_COMPENSATION
     return End(run.state, told)
