@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
 from sagalog import (
@@ -696,3 +697,35 @@ def test_a_worker_that_is_shut_down_while_a_handler_hangs_gives_up_its_lease(log
     woken.set()
     assert left == []
     assert log.get(submitted).executor_id is None
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_an_async_worker_closes_the_connection_on_which_it_listened(
+    postgres_url: str, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
+    if driver == "asyncpg" and "host" in url.query:
+        url = url.set(query={"host": url.query["host"]})
+
+    async def main() -> None:
+        engine = create_async_engine(url)
+        coordinator = AsyncSagaCoordinator(AsyncSagaLog(engine), CommandBus())
+
+        @coordinator.saga("empty")
+        async def empty(ctx: Any, order: int) -> int:
+            return order
+
+        async with coordinator.worker():
+            assert await coordinator.wait(await coordinator.submit(empty, 1), timeout=30) == 1
+        await engine.dispose()
+
+    asyncio.run(main())
+    assert [record.message for record in caplog.records if record.levelname in ("ERROR", "WARNING")] == []
+    watching = create_engine(postgres_url)
+    others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    until = time.monotonic() + 10
+    with watching.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        while connection.execute(text(others)).scalar_one() and time.monotonic() < until:
+            """The server takes a moment to see that a client is gone."""
+        assert connection.execute(text(others)).scalar_one() == 0
+    watching.dispose()
