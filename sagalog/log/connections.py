@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import time
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 from urllib.parse import quote
 
+from sagalog.log.bind import retry_while_busy
 from sagalog.log.database import CursorDatabase
 from sagalog.log.statements import Statements
 
@@ -81,13 +83,17 @@ class Connections:
             connection.close()
             raise
 
-    def open_database(self) -> CursorDatabase:
-        """The database to write to."""
+    def open_database(self, seconds: float = 0.0) -> CursorDatabase:
+        """The database to write to.
+
+        Args:
+            seconds: How long to wait for a process that recovers the file after a crash, or is the last to close it.
+        """
         if self.writer is None:
             if self.path is None:
                 raise sqlite3.ProgrammingError("the database in memory is gone")
-            # Its own busy handler starves among many writers: `retry_while_busy` waits instead.
-            self.writer = self._connect(0)
+            # Its own busy handler starves among many writers: `retry_while_busy` waits instead, here and later.
+            self.writer = retry_while_busy(lambda: self._connect(0), seconds, time.sleep)
         self.database = CursorDatabase(self.writer.cursor(), self._sql)
         return self.database
 
