@@ -1,4 +1,4 @@
-"""Real processes killed with SIGKILL, or stopped and woken after the take-over, at every point of a saga.
+"""Real processes killed with SIGKILL, or stopped and woken after the take-over, at every point; and many at one log.
 
 A slice of it runs in `test_kills.py`; all of it by::
 
@@ -13,18 +13,21 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import signal
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sagalog import SagaLog, SagaRecord
 from sagalog.testing import Crash
 from tests.crash_matrix import Scenario, scenarios
+from tests.many_processes import keys_together, recovered_together
 from tests.processes import Child, FileOutside, FileShop, Life, Strike, World, records, time_passes
 
 _RECOVERIES = 2
@@ -141,8 +144,6 @@ def woken(world: World, scenario: Scenario, stop: int) -> Case:
         zombie.answers()
         return case
     [(reports, before)] = _recovery(world, shop, None, _RECOVERIES).answers()
-    import signal
-
     zombie.send(signal.SIGCONT)
     point, (_, result) = zombie.answers()
     case.points.append(point)
@@ -282,6 +283,13 @@ def _spread(all_of_them: list[Scenario]) -> list[Scenario]:
     return [all_of_them[number * stride % len(all_of_them)] for number in range(len(all_of_them))]
 
 
+def _timed(title: str, work: Callable[[], list[str]]) -> int:
+    began = time.monotonic()
+    problems = work()
+    print(f"{title}: {len(problems)} bad {problems[:5]}, {time.monotonic() - began:.0f} s", flush=True)  # noqa: T201
+    return len(problems)
+
+
 def _replay(world: World, words: str, stops: str) -> int:
     steps, trouble, at, on_crash, on_unknown, retried = words.split(",")
     scenario = Scenario(int(steps), trouble, int(at), on_crash, on_unknown, retried == "True")
@@ -297,6 +305,7 @@ def main() -> int:
     parser.add_argument("--postgres", metavar="URL", help="of an empty database; a server is started if none is given")
     parser.add_argument("--only", default="kills,zombies,recoverers,keys")
     parser.add_argument("--cases", type=int, default=1000, help="how many processes are killed in each database")
+    parser.add_argument("--sagas", type=int, default=1000, help="how many are interrupted and recovered")
     parser.add_argument("--world", help="only this one: sqlite-full, sqlite-normal, postgres")
     parser.add_argument("--scenario", help="only this one: its fields with commas")
     parser.add_argument("--stops", default="0")
@@ -314,6 +323,12 @@ def main() -> int:
                 bad += every_kill(world, given.cases)
             if "zombies" in parts:
                 bad += every_zombie(world, max(1, given.cases // 8))
+            for processes in (2, 4, 8) if "recoverers" in parts else ():
+                title = f"{processes} processes recover {given.sagas} sagas, {world.name}"
+                bad += _timed(title, partial(recovered_together, world, given.sagas, processes))
+            if "keys" in parts:
+                title = f"8 processes run {given.sagas // 2} keys, {world.name}"
+                bad += _timed(title, partial(keys_together, world, given.sagas // 2, 8))
     return min(bad, 1)
 
 

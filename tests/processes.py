@@ -5,11 +5,13 @@ The parent has no log open when it forks, so that a child inherits no connection
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import os
 import pickle
 import select
 import signal
+import sys
 import time
 import traceback
 import warnings
@@ -64,7 +66,7 @@ class Child:
         data = b""
         while True:
             if not select.select([self._reading], [], [], max(0.0, until - time.monotonic()))[0]:
-                self.send(signal.SIGKILL)
+                self.send(signal.SIGABRT)  # it prints where its threads are
                 raise TimeoutError(f"process {self.pid} has not ended in {LONGEST} s; it said {_unpacked(data)}")
             more = os.read(self._reading, 1 << 16)
             if not more:
@@ -77,6 +79,12 @@ class Child:
         if os.WIFEXITED(self.status) and os.WEXITSTATUS(self.status) != 0:
             raise AssertionError(f"process {self.pid} failed:\n{said[-1] if said else self.status}")
         return said
+
+    def end(self) -> None:
+        """Kill it, if it still lives."""
+        if self.status is None:
+            self.send(signal.SIGKILL)
+            _, self.status = os.waitpid(self.pid, 0)
 
     @property
     def was_killed(self) -> bool:
@@ -94,6 +102,7 @@ def _live(work: Callable[[Callable[[Any], None]], Any], reading: int, writing: i
     failed = 0
     try:
         os.close(reading)
+        faulthandler.enable(sys.__stderr__)
         # A test runner's handlers are not this process's.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
