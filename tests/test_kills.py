@@ -30,6 +30,7 @@ def world(request: pytest.FixtureRequest, tmp_path: Path, sqlite_template: bytes
 
 
 UNDONE = Scenario(2, "raises", 1, "compensate", "stop", retried=False)
+IN_DOUBT = Scenario(1, "timeout", 0, "compensate", "compensate", retried=False)
 GONE_ON_WITH = Scenario(2, "after", 0, "resume", "compensate", retried=True)
 
 
@@ -47,8 +48,9 @@ def test_a_recovery_that_is_killed_too_is_recovered(world: World) -> None:
     assert [str(case) for case in cases if case.problems] == []
 
 
-def test_a_process_that_sleeps_through_a_take_over_writes_nothing_afterwards(world: World) -> None:
-    cases = list(zombies(world, UNDONE))
+@pytest.mark.parametrize("scenario", [UNDONE, IN_DOUBT], ids=["undone", "in doubt"])
+def test_a_process_that_sleeps_through_a_take_over_writes_nothing_afterwards(world: World, scenario: Scenario) -> None:
+    cases = list(zombies(world, scenario))
     assert len(cases) > 10
     assert [str(case) for case in cases if case.problems] == []
 
