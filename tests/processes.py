@@ -34,14 +34,19 @@ Strike: TypeAlias = Literal["kill", "stop"]
 LONGEST = 120.0
 
 
+def forked() -> int:
+    """`os.fork`, without its warning of a test runner's threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
 class Child:
     """A forked process; what its work returns, or says before it dies, comes back through a pipe."""
 
     def __init__(self, work: Callable[[Callable[[Any], None]], Any]) -> None:
         reading, writing = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside a test runner's threads
-            self.pid = os.fork()
+        self.pid = forked()
         if self.pid == 0:
             _live(work, reading, writing)
         os.close(writing)

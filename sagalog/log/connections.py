@@ -7,11 +7,12 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 from urllib.parse import quote
 
 from sagalog.log.bind import retry_while_busy
 from sagalog.log.database import CursorDatabase
+from sagalog.log.forking import leave_to_parent
 from sagalog.log.statements import Statements
 
 Durability: TypeAlias = Literal["full", "normal"]
@@ -138,11 +139,8 @@ class Connections:
             reader.close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: new ones; the old stay referenced, for closing them would end the parent's locks."""
-        _inherited.append((self.writer, self._reader))
+        """In a forked child: new ones."""
+        leave_to_parent(self.writer, self._reader)
         if self.path is not None:
             self.writer = None
         self._reader = None
-
-
-_inherited: list[Any] = []
