@@ -189,9 +189,8 @@ class Core:
                 del active[fence.saga_id]
 
     async def _give_back(self, fence: Fence) -> None:
-        if self.executor.is_forked():
-            return  # it is the parent's
         try:
+            # In a forked child this changes nothing: the saga names the parent.
             await Write(owning.release(fence, self.executor.executor_id, counted=True))
         except Exception:
             self.executor.strand(fence)

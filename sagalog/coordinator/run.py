@@ -204,8 +204,9 @@ class Run:
         self.uuids = 0
 
     def stop(self, error: BaseException) -> BaseException:
-        """Let nothing of this saga go on; the first reason stays."""
-        if self.stopped is None:
+        """Let nothing of this saga go on; the first reason stays, unless the saga, or the log, is lost as well."""
+        lost = (LeaseLost, LogUnavailable)
+        if self.stopped is None or (isinstance(error, lost) and not isinstance(self.stopped, lost)):
             self.stopped = error
         return self.stopped
 
