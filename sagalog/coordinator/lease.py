@@ -13,8 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from sagalog.errors import SagaLogError
@@ -72,6 +71,11 @@ class Executor:
             self._begin_anew()
         return not self._registered or (self._thread is None and time.monotonic() >= self._renew_at)
 
+    @property
+    def is_registered(self) -> bool:
+        """Whether the lease was written since the start."""
+        return self._registered
+
     def is_forked(self) -> bool:
         """Whether this is a child of the process that the identity belongs to."""
         return self._pid != os.getpid()
@@ -79,26 +83,31 @@ class Executor:
     def renewed(self) -> None:
         """The lease was written; the thread takes over, if it can."""
         self._renew_at = time.monotonic() + self.lease / 3
-        if self._registered:
-            return
-        self._registered = True
+        with self._wake:
+            if self._registered:
+                return
+            self._registered = True
         apart = self._apart()
         if apart is not None:
             self._thread = threading.Thread(target=self._keep, args=(apart,), name="sagalog-lease", daemon=True)
             self._thread.start()
 
-    @contextmanager
-    def watching(self, fence: Fence, step_index: int, seconds: float, settle: float) -> Iterator[None]:
-        """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over."""
+    def watch(self, fence: Fence, step_index: int, seconds: float, settle: float) -> int:
+        """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over.
+
+        Returns:
+            What `unwatch` wants, once the handler is done.
+        """
         ticket = next(self._tickets)
         self._watched[ticket] = (time.monotonic() + seconds, fence, step_index, settle)
         if seconds < self.lease / 3:
             with self._wake:
                 self._wake.notify()
-        try:
-            yield
-        finally:
-            self._watched.pop(ticket, None)
+        return ticket
+
+    def unwatch(self, ticket: int) -> None:
+        """The handler is done."""
+        self._watched.pop(ticket, None)
 
     def strand(self, fence: Fence) -> None:
         """A saga that this process stopped working on, and could not give back."""

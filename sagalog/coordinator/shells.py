@@ -18,7 +18,18 @@ from sagalog.coordinator.bus import CommandBus, OnUnknown
 from sagalog.coordinator.context import AsyncSagaContext, SagaContext
 from sagalog.coordinator.core import Core
 from sagalog.coordinator.definition import define
-from sagalog.coordinator.effects import Call, Effect, Invoke, Settled, Sleep, Together, Write, adrive, drive
+from sagalog.coordinator.effects import (
+    Call,
+    Effect,
+    Invoke,
+    OutOfTime,
+    Settled,
+    Sleep,
+    Together,
+    Write,
+    adrive,
+    drive,
+)
 from sagalog.coordinator.lease import Executor
 from sagalog.coordinator.recover import OnCrash, RecoveryReport
 from sagalog.coordinator.run import Policy
@@ -342,11 +353,14 @@ class SagaCoordinator(_Shell):
         return self._together(effect)
 
     def _invoke(self, effect: Invoke[Any]) -> Any:
-        handler = effect.handler
-        with self._core.executor.watching(effect.fence, effect.info.step_index, handler.timeout, handler.settle):
+        handler, executor = effect.handler, self._core.executor
+        ticket = executor.watch(effect.fence, effect.info.step_index, handler.timeout, handler.settle)
+        try:
             if handler.transactional:
                 return self._transactions.perform(effect, effect.arguments)
             return handler.function(*effect.arguments(None))
+        finally:
+            executor.unwatch(ticket)
 
     def _together(self, effect: Together[Any]) -> list[Settled[Any]]:
         ends: list[Settled[Any]] = [Settled(None, None)] * len(effect.flows)
@@ -492,14 +506,24 @@ class AsyncSagaCoordinator(_Shell):
             return Settled(None, error)
 
     async def _invoke(self, effect: Invoke[Any]) -> Any:
+        limit = asyncio.timeout(effect.handler.timeout)
+        try:
+            async with limit:
+                return await self._called(effect)
+        except TimeoutError as error:
+            if limit.expired():
+                raise OutOfTime(f"its handler outlived its timeout of {effect.handler.timeout} s") from error
+            raise
+
+    async def _called(self, effect: Invoke[Any]) -> Any:
         handler = effect.handler
-        async with asyncio.timeout(handler.timeout):
-            if handler.transactional:
-                return await self._transactions.aperform(effect, effect.arguments)
-            if handler.signature.is_async:
-                return await handler.function(*effect.arguments(None))
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(_HANDLER_THREADS, thread_name_prefix="sagalog-handler")
-            work = copy_context().run
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, work, handler.function, *effect.arguments(None))
+        if handler.transactional:
+            return await self._transactions.aperform(effect, effect.arguments)
+        if handler.signature.is_async:
+            return await handler.function(*effect.arguments(None))
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_HANDLER_THREADS, thread_name_prefix="sagalog-handler")
+        work = copy_context().run
+        loop = asyncio.get_running_loop()
+        value = await loop.run_in_executor(self._threads, work, handler.function, *effect.arguments(None))
+        return await value if inspect.isawaitable(value) else value
