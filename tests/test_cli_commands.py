@@ -164,11 +164,11 @@ def test_a_dry_run_counts_what_prune_then_deletes(url: str) -> None:
     limits = ("--keep-last", 0, "--older-than", 0)
     dry = sagalog("--url", url, "prune", *limits, "--dry-run", "--json")
     assert dry.json == {"prunable": 1, "deleted": 0, "dry_run": True}
-    assert sagalog("--url", url, "prune", *limits, "--dry-run").out.strip() == "would delete 1 sagas"
+    assert sagalog("--url", url, "prune", *limits, "--dry-run").out.strip() == "would delete 1 saga"
     with log_at(url) as log:
         assert len(log.find()) == 4
     done = sagalog("--url", url, "prune", *limits, "--yes")
-    assert (done.status, done.out.strip()) == (0, "deleted 1 sagas")
+    assert (done.status, done.out.strip()) == (0, "deleted 1 saga")
     with log_at(url) as log:
         assert [saga.saga_id for saga in log.find()] == [4, 3, 2]
     assert sagalog("--url", url, "prune", *limits).out.strip() == "deleted 0 sagas"

@@ -67,12 +67,12 @@ def _before(
     context.obj = replace(settings, output=chosen_form(as_json, output), typed=_typed(context))
 
 
-def _typed(context: typer.Context) -> tuple[str, ...]:
-    """The options that were typed, as they may be shown."""
-    words: list[str] = []
+def _typed(context: typer.Context) -> tuple[tuple[str, str], ...]:
+    """The options that were typed, with their values."""
+    words: list[tuple[str, str]] = []
     for option in GLOBAL_OPTIONS:
         source = context.get_parameter_source(option.removeprefix("--"))
         value = context.params.get(option.removeprefix("--"))
         if source is not None and source.name == "COMMANDLINE" and value:
-            words += [option, value]
+            words.append((option, value))
     return tuple(words)

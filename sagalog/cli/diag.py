@@ -161,7 +161,7 @@ def _print_needs(out: "Console", needs: dict[str, Any]) -> None:
     if not needs["count"]:
         out.print("Nothing needs a person.")
         return
-    out.print(plain(f"{needs['count']} need a person:", "bold red"))
+    out.print(plain(f"Sagas that need a person: {needs['count']}", "bold red"))
     for saga in needs["sagas"]:
         reason = f": {saga['reason']}" if saga["reason"] else ""
         age = shown_duration(saga["age"])

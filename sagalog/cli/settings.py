@@ -32,7 +32,7 @@ class Settings:
     prefix: str
     app: str | None = None
     output: str | None = None
-    typed: tuple[str, ...] = ()
+    typed: tuple[tuple[str, str], ...] = ()
 
     @property
     def placement(self) -> dict[str, Any]:
@@ -40,8 +40,21 @@ class Settings:
         return {"schema": self.schema, "prefix": self.prefix}
 
     def command(self, *words: object) -> str:
-        """A command line to type next, on the same database."""
-        return shlex.join(["sagalog", *self.typed, *map(str, words)])
+        """A command line to type next, on the same database; a password in it is hidden."""
+        typed = [
+            part for option, value in self.typed for part in (option, _shown(value) if option == "--url" else value)
+        ]
+        return shlex.join(["sagalog", *typed, *map(str, words)])
+
+
+def _shown(url: str) -> str:
+    if "://" not in url:
+        return url
+    from sqlalchemy import make_url
+
+    from sagalog.urls import shown_url
+
+    return shown_url(make_url(url))
 
 
 def settings_of(context: typer.Context) -> Settings:
