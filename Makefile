@@ -10,12 +10,13 @@ READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint docs bench clean
 
 help:
 	@echo "make demo    a walk through the library, under a minute"
 	@echo "make test    the tests, in parallel; PYTEST_ARGS='-k name' for some of them"
 	@echo "make lint    style, types, and the order of the layers"
+	@echo "make docs    the documentation, into docs/_build/html"
 	@echo "make bench   what the log costs; BENCH_ARGS='--only full' for a part"
 	@echo "make clean   remove what these made, .venv included"
 
@@ -32,7 +33,7 @@ $(READY): pyproject.toml
 
 $(TOOLS): $(READY)
 	@echo "installing the tools into $(VENV)"
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --group lint --group build
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --group lint --group docs --group build
 	@touch $@
 
 demo: $(READY)
@@ -47,9 +48,12 @@ lint: $(TOOLS)
 	$(RUN) -m mypy
 	$(VENV)/bin/lint-imports
 
+docs: $(TOOLS)
+	$(RUN) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 bench: $(READY)
 	$(RUN) benchmarks/log.py $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage
 	find sagalog alembic tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -199,7 +199,7 @@ class SchemaMissing(SagaLogError):
         super().__init__(
             f"using the saga log in {database}",
             "its tables are not there",
-            hint="Run sagalog.migrations.upgrade(engine) once in a deploy.",
+            hint="Run `sagalog upgrade`, or sagalog.migrations.upgrade(engine), once in a deploy.",
         )
 
 
@@ -213,7 +213,7 @@ class SchemaOutOfDate(SagaLogError):
             f"using the saga log in {database}",
             f"it is at revision {found}, and this library needs {needed}",
             found=found,
-            hint="Run sagalog.migrations.upgrade(engine) in the deploy.",
+            hint="Run `sagalog upgrade`, or sagalog.migrations.upgrade(engine), in the deploy.",
         )
 
 

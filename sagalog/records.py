@@ -65,7 +65,7 @@ class StepRecord(_Record):
 
     @property
     def output(self) -> JsonValue:
-        """The events, or `{"error": reason}`, as a plain JSON value."""
+        """The events, or an object with the reason under `error`, as a plain JSON value."""
         return decode(self.output_json, "output_json", self.saga_id, self.step_index)
 
     def decode_cmd(self, kind: type[T]) -> T:

@@ -24,6 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_e
 from sqlalchemy.orm import Session
 
 from sagalog import AsyncSagaLog, SagaLog, migrations
+from tests.coordinating import STAGES, Stage, stage_of
 
 _numbers = itertools.count(1)
 
@@ -303,3 +304,9 @@ def bare(sqlite_path: Path) -> Iterator[sqlite3.Connection]:
     connection = sqlite3.connect(sqlite_path, isolation_level=None)
     yield connection
     connection.close()
+
+
+@pytest.fixture(params=STAGES)
+def stage(request: pytest.FixtureRequest) -> Iterator[Stage]:
+    """A coordinator's surroundings, on every road."""
+    yield from stage_of(request, request.param)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event, make_url
+from sqlalchemy.ext.asyncio import create_async_engine
 
-from sagalog import AsyncSagaLog, InvalidTransition, SagaLog, SagaLogError, SagaOutcome
+from sagalog import AsyncSagaLog, InvalidTransition, LogUnavailable, SagaLog, SagaLogError, SagaOutcome
 
 SHARED = ("sqlite-file", "sqlite-memory", "sqlite-engine", "postgres-engine")
 
@@ -109,29 +110,130 @@ def test_no_saga_completes_beside_a_step_that_is_starting(shared: SagaLog) -> No
         assert not (record.state == "completed" and record.steps), record
 
 
-def test_a_start_that_waits_for_a_commit_judges_what_was_committed(postgres_url: str) -> None:
+Ending = Callable[[str, SagaOutcome], None]
+
+
+def end_on_an_engine(url: str, outcome: SagaOutcome) -> None:
+    engine = create_engine(url)
+    try:
+        SagaLog(engine).terminate(1, outcome)
+    finally:
+        engine.dispose()
+
+
+def end_in_a_callers_transaction(url: str, outcome: SagaOutcome) -> None:
+    engine = create_engine(url)
+    try:
+        with engine.begin() as connection:
+            SagaLog(connection).terminate(1, outcome)
+    finally:
+        engine.dispose()
+
+
+def end_in_a_unit_of_work(url: str, outcome: SagaOutcome) -> None:
+    engine = create_engine(url)
+    try:
+        with SagaLog(engine).unit_of_work() as work:
+            work.terminate(1, outcome)
+    finally:
+        engine.dispose()
+
+
+def end_awaited(driver: str) -> Ending:
+    async def end(url: str, outcome: SagaOutcome) -> None:
+        target = make_url(url).set(drivername=f"postgresql+{driver}")
+        if driver == "asyncpg" and "host" in target.query:
+            target = target.set(query={"host": target.query["host"]})
+        engine = create_async_engine(target)
+        try:
+            await AsyncSagaLog(engine).terminate(1, outcome)
+        finally:
+            await engine.dispose()
+
+    return lambda url, outcome: asyncio.run(end(url, outcome))
+
+
+ENDINGS: dict[str, Ending] = {
+    "engine": end_on_an_engine,
+    "connection": end_in_a_callers_transaction,
+    "unit": end_in_a_unit_of_work,
+    "asyncpg": end_awaited("asyncpg"),
+    "async-psycopg": end_awaited("psycopg"),
+}
+
+
+@pytest.mark.parametrize("outcome", [SagaOutcome.completed(), SagaOutcome.compensated("r")], ids=lambda o: o.state)
+@pytest.mark.parametrize("road", ENDINGS)
+def test_an_ending_that_waits_for_a_starting_step_is_refused(
+    postgres_url: str, road: str, outcome: SagaOutcome
+) -> None:
     engine = create_engine(postgres_url)
     log = SagaLog(engine)
     log.start_saga(1, "s", None)
-    results: list[Any] = []
-
-    def end() -> None:
-        try:
-            log.terminate(1, SagaOutcome.completed())
-        except InvalidTransition as error:
-            results.append(error)
-
-    with engine.connect() as connection:
+    with ThreadPoolExecutor(1) as pool, engine.connect() as connection, engine.connect() as watcher:
         SagaLog(connection).start_step(1, 0, "c", None)
-        thread = threading.Thread(target=end)
-        thread.start()
-        with engine.connect() as watcher:
-            _wait_for_lock(watcher)
+        ended = pool.submit(ENDINGS[road], postgres_url, outcome)
+        _wait_for_lock(watcher)
         connection.commit()
-    thread.join(30)
-    assert len(results) == 1
+        with pytest.raises(InvalidTransition, match="0 \\(pending\\) stand in the way") as refused:
+            ended.result(30)
+    assert (refused.value.saga_id, refused.value.step_index) == (1, 0)
     assert log.get(1).state == "running"
     engine.dispose()
+
+
+@pytest.mark.parametrize("road", ENDINGS)
+def test_an_ending_that_waits_for_a_step_that_is_rolled_back_ends_the_saga(postgres_url: str, road: str) -> None:
+    engine = create_engine(postgres_url)
+    log = SagaLog(engine)
+    log.start_saga(1, "s", None)
+    with ThreadPoolExecutor(1) as pool, engine.connect() as connection, engine.connect() as watcher:
+        SagaLog(connection).start_step(1, 0, "c", None)
+        ended = pool.submit(ENDINGS[road], postgres_url, SagaOutcome.completed())
+        _wait_for_lock(watcher)
+        connection.rollback()
+        ended.result(30)
+    assert (log.get(1).state, log.get(1).steps) == ("completed", ())
+    engine.dispose()
+
+
+def test_a_step_that_waits_for_an_ending_is_not_started(postgres_url: str) -> None:
+    engine = create_engine(postgres_url)
+    log = SagaLog(engine)
+    log.start_saga(1, "s", None)
+    with ThreadPoolExecutor(1) as pool, engine.connect() as connection, engine.connect() as watcher:
+        SagaLog(connection).terminate(1, SagaOutcome.completed())
+        started = pool.submit(log.start_step, 1, 0, "c", None)
+        _wait_for_lock(watcher)
+        connection.commit()
+        with pytest.raises(InvalidTransition):
+            started.result(30)
+    assert (log.get(1).state, log.get(1).steps) == ("completed", ())
+    engine.dispose()
+
+
+def test_an_ending_that_gives_up_waiting_changes_nothing_and_leaves_the_pool_clean(postgres_url: str) -> None:
+    engine = create_engine(postgres_url, pool_size=1, max_overflow=0)
+    holder = create_engine(postgres_url)
+
+    @event.listens_for(engine, "connect")
+    def wait_briefly(connection: Any, record: object) -> None:
+        connection.execute("SET lock_timeout = 50")
+        connection.commit()
+
+    log = SagaLog(engine)
+    log.start_saga(1, "s", None)
+    with holder.connect() as connection:
+        SagaLog(connection).start_step(1, 0, "c", None)
+        with pytest.raises(LogUnavailable) as locked:
+            log.terminate(1, SagaOutcome.completed())
+    assert (locked.value.found, locked.value.unknown) == ("55P03", False)
+    assert log.get(1).state == "running"
+    log.terminate(1, SagaOutcome.completed())
+    with engine.connect() as connection:
+        assert SagaLog(connection).get(1).state == "completed"
+    engine.dispose()
+    holder.dispose()
 
 
 def _wait_for_lock(watcher: Any) -> None:

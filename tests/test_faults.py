@@ -437,7 +437,7 @@ def test_a_write_whose_answer_was_lost_is_told_as_unknown_and_can_be_repeated(po
     proxy.armed = True
     with pytest.raises(LogUnavailable) as ended:
         log.terminate(1, SagaOutcome.completed())
-    assert ended.value.saga_id == 1
+    assert (ended.value.saga_id, ended.value.unknown) == (1, True)
     proxy.armed = False
     log.terminate(1, SagaOutcome.completed())
     assert SagaLog(direct).get(1).state == "completed"

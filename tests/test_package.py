@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -35,6 +36,13 @@ def test_everything_public_is_importable_and_documented() -> None:
         for name in dir(face):
             if not name.startswith("_"):
                 assert getattr(face, name).__doc__, name
+
+
+@pytest.mark.parametrize("face", [sagalog.SagaLog, sagalog.AsyncSagaLog])
+def test_help_shows_an_operations_own_arguments_and_result(face: type) -> None:
+    log = face.__new__(face)
+    assert str(inspect.signature(log.start_saga)).startswith("(saga_id: 'int', name: 'str', input: ")
+    assert inspect.signature(log.next_step_index).return_annotation == "int"
 
 
 def test_both_faces_have_the_same_operations() -> None:

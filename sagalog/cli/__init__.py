@@ -2,9 +2,11 @@
 
 `app` holds the commands together, `usage` turns errors into sentences and exit
 statuses, `settings` says which database is meant, `connect` opens it, `output`
-prints. One module for each group of commands: `schema`, `diag`, `looking`,
-`acting`. They stand on the public names of `sagalog`, and load them, and
-SQLAlchemy with them, only once a command runs: help has to be quick.
+prints. One module for each group of commands: `diag`, `looking`, `show`,
+`acting`, `schema`, `scripts`. They stand on the public names of `sagalog`, and load them, and
+SQLAlchemy with them, only once a command runs: help has to be quick. For the
+same reason a module of commands has no `from __future__ import annotations`:
+Typer evaluates such strings again and again.
 """
 
 from __future__ import annotations

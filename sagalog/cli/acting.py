@@ -1,7 +1,5 @@
 """`resolve`, `resolve-step`, `cancel`, `prune`: what changes the log; asked first, and signed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
@@ -75,7 +73,7 @@ def resolve(
     resolve-step comes first.
     """
 
-    def act(log: SagaLog) -> None:
+    def act(log: "SagaLog") -> None:
         log.resolve(saga_id, state, note=note, actor=actor)
 
     _act(context, act, f"settle it as {state}", saga_id, None, actor, yes, form_of(context, as_json, output))
@@ -98,7 +96,7 @@ def resolve_step(
     request of the step may still be under way.
     """
 
-    def act(log: SagaLog) -> None:
+    def act(log: "SagaLog") -> None:
         log.resolve_step(saga_id, step_index, state, note=note, actor=actor)
 
     asked = f"settle step {step_index} as {state}"
@@ -119,7 +117,7 @@ def cancel(
     Whoever runs the saga, or recovers it, undoes what it did; one that has not run yet ends at once.
     """
 
-    def act(log: SagaLog) -> None:
+    def act(log: "SagaLog") -> None:
         log.request_cancel(saga_id, note, actor=actor)
 
     _act(context, act, "ask that it be undone", saga_id, None, actor, yes, form_of(context, as_json, output))
@@ -127,7 +125,7 @@ def cancel(
 
 def _act(
     context: typer.Context,
-    act: Callable[[SagaLog], None],
+    act: "Callable[[SagaLog], None]",
     asked: str,
     saga_id: int,
     step_index: int | None,
@@ -185,7 +183,7 @@ def prune(
         _tell_pruned(form, count, _prune(log, count, keep_last, age), dry_run)
 
 
-def _prune(log: SagaLog, count: int, keep_last: int, age: timedelta) -> int:
+def _prune(log: "SagaLog", count: int, keep_last: int, age: timedelta) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     screen = console(stderr=True)

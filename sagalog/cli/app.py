@@ -1,14 +1,11 @@
 """The application: what stands before a command, and the groups of commands."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from sagalog.cli import acting, diag, looking, schema, show
+from sagalog.cli import acting, diag, looking, schema, scripts, show
 from sagalog.cli.output import Form, chosen_form
 from sagalog.cli.settings import read_settings
 from sagalog.cli.usage import GLOBAL_OPTIONS, SagalogGroup
@@ -22,12 +19,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (diag, looking, show, acting, schema):
+for group in (diag, looking, show, acting, schema, scripts):
     group.register(app)
 
 
 def _print_version(asked: bool) -> None:
     if asked:
+        from importlib.metadata import version
+
         typer.echo(version("sagalog"))
         raise typer.Exit
 

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
 
-from sagalog import SagaLog, migrations
+from sagalog import SagaLog
 from sagalog.cli.settings import Settings
 from sagalog.cli.usage import CommandError, bad_usage
 from sagalog.urls import SECRETS, shown_url
@@ -59,7 +59,7 @@ def file_of(url: URL) -> Path | None:
 
 @contextmanager
 def opened_engine(settings: Settings, *, writing: bool = False) -> Iterator[Engine]:
-    """An engine on an existing database, which answered.
+    """An engine on an existing database; a server answered already.
 
     Args:
         settings: Which database.
@@ -75,7 +75,8 @@ def opened_engine(settings: Settings, *, writing: bool = False) -> Iterator[Engi
         raise CommandError(f"There is no file {file}, and nothing was created; `{make}` makes a new log.")
     engine = _engine(url, file, writing=writing)
     try:
-        _see_that_it_answers(engine)
+        if file is None:
+            _see_that_it_answers(engine)
         yield engine
     finally:
         engine.dispose()
@@ -83,14 +84,13 @@ def opened_engine(settings: Settings, *, writing: bool = False) -> Iterator[Engi
 
 @contextmanager
 def opened_log(settings: Settings, *, writing: bool = False) -> Iterator[SagaLog]:
-    """A log on an existing database whose schema fits; see `opened_engine`."""
+    """A log on an existing database; see `opened_engine`."""
     with opened_engine(settings, writing=writing) as engine:
         yield log_on(engine, settings)
 
 
 def log_on(engine: Engine, settings: Settings) -> SagaLog:
-    """A log on an engine whose schema fits; the schema's own error if it does not."""
-    migrations.check(engine, **settings.placement)
+    """The log on an engine; its first operation sees whether the schema fits."""
     return SagaLog(engine, **settings.placement)
 
 

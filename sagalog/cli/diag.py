@@ -1,7 +1,5 @@
 """`diag`: what an operator runs first."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,7 +56,7 @@ def diag(
         raise typer.Exit(1)
 
 
-def _facts(log: SagaLog, engine: Engine, settings: Settings) -> dict[str, Any]:
+def _facts(log: "SagaLog", engine: "Engine", settings: Settings) -> dict[str, Any]:
     from sagalog import migrations
     from sagalog.cli.health import durability_of, product_of, warnings_of
     from sagalog.urls import shown_url
@@ -88,7 +86,7 @@ def _facts(log: SagaLog, engine: Engine, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _need(saga: SagaRecord, settings: Settings) -> dict[str, Any]:
+def _need(saga: "SagaRecord", settings: Settings) -> dict[str, Any]:
     return {
         "saga_id": saga.saga_id,
         "name": saga.name,
@@ -98,7 +96,7 @@ def _need(saga: SagaRecord, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _next_commands(saga: SagaRecord, settings: Settings) -> Iterator[str]:
+def _next_commands(saga: "SagaRecord", settings: Settings) -> Iterator[str]:
     """What to type: settle what is in doubt, then what is not undone, then the saga."""
     yield settings.command("show", saga.saga_id)
     doubtful = [step.step_index for step in saga.steps if step.state == "pending"]
@@ -129,7 +127,7 @@ def _print(facts: dict[str, Any]) -> None:
         out.print(plain(f"Warning: {warning}", "yellow"), soft_wrap=True)
 
 
-def _print_states(out: Console, states: list[dict[str, Any]]) -> None:
+def _print_states(out: "Console", states: list[dict[str, Any]]) -> None:
     if not states:
         out.print("no sagas")
         return
@@ -139,7 +137,7 @@ def _print_states(out: Console, states: list[dict[str, Any]]) -> None:
     out.print(shown)
 
 
-def _print_executors(out: Console, executors: list[dict[str, Any]]) -> None:
+def _print_executors(out: "Console", executors: list[dict[str, Any]]) -> None:
     if not executors:
         return
     shown = table("executor", "label", "since", "open sagas", "lease", right=("open sagas",))
@@ -151,7 +149,7 @@ def _print_executors(out: Console, executors: list[dict[str, Any]]) -> None:
     out.print(shown)
 
 
-def _print_needs(out: Console, needs: dict[str, Any]) -> None:
+def _print_needs(out: "Console", needs: dict[str, Any]) -> None:
     if not needs["count"]:
         out.print("Nothing needs a person.")
         return

@@ -48,13 +48,8 @@ def warnings_of(engine: Engine) -> list[str]:
 
 
 def _sqlite_warnings(file: Path) -> Iterator[str]:
-    for path in (file, file.with_name(file.name + "-wal")):
-        try:
-            mode = path.stat().st_mode
-        except OSError:
-            continue
-        if mode & (stat.S_IROTH | stat.S_IWOTH):
-            yield f"Everybody on this machine can read {path}, payloads included: chmod 600 {path}"
+    if file.stat().st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        yield f"Everybody on this machine can read {file}, payloads included: chmod 600 {file}"
     synchronous, journal = _sqlite_settings(file)
     if journal == "wal" and sqlite3.sqlite_version_info < _WAL_RESET_FIXED:
         yield (

@@ -1,7 +1,5 @@
 """`list` and `watch`: sagas as lines of a table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from time import sleep
@@ -21,6 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sagalog import SagaLog, SagaSnapshot
+
+_ROOMY = 120
 
 
 def register(app: typer.Typer) -> None:
@@ -65,27 +65,31 @@ def list_sagas(
     if not found:
         print_lines(["no sagas"])
         return
-    console().print(saga_table(found))
+    out = console()
+    out.print(saga_table(found, out.width))
     if len(found) == limit:
         console(stderr=True).print(f"There may be more: add --before {found[-1].saga_id}.", style="dim")
 
 
-def saga_table(found: Iterable[SagaSnapshot]) -> Table:
-    """Sagas for people, one a line."""
-    headings = ("id", "name", "state", "steps", "started", "took", "reason", "key")
-    shown = table(*headings, right=("id", "steps", "took"), whole=("state", "started"))
+def saga_table(found: "Iterable[SagaSnapshot]", width: int) -> "Table":
+    """Sagas for people, one a line; the start and the key only where there is room."""
+    now = datetime.now(UTC)
+    roomy = width >= _ROOMY
+    headings = ("id", "name", "state", "steps", *(("started",) if roomy else ()), "age", "took", "reason")
+    numbers = ("id", "steps", "age", "took")
+    shown = table(*headings, *(("key",) if roomy else ()), right=numbers, whole=("state", "started"))
     for saga in found:
-        end = saga.terminal_at or datetime.now(UTC)
         reason = saga.failure_reason or (f"cancel: {saga.cancel_reason}" if saga.cancel_reason else "")
         shown.add_row(
             str(saga.saga_id),
             plain(saga.name),
             state(saga.state),
             str(saga.step_count),
-            shown_moment(saga.started_at),
-            shown_duration(end - saga.started_at),
+            *((shown_moment(saga.started_at),) if roomy else ()),
+            shown_duration(now - saga.started_at),
+            shown_duration(saga.terminal_at - saga.started_at) if saga.terminal_at else "",
             plain(reason),
-            plain(saga.key),
+            *((plain(saga.key),) if roomy else ()),
         )
     return shown
 
@@ -140,13 +144,13 @@ def _draw(settings: Settings, every: float, limit: int, looks: int | None) -> No
             for look in _looks(looks):
                 if look:
                     sleep(every)
-                screen.print(_view(log, limit))
+                screen.print(_view(log, limit, screen.width))
             return
-        with Live(_view(log, limit), console=screen, auto_refresh=False, screen=looks is None) as live:
+        with Live(console=screen, auto_refresh=False, screen=looks is None) as live:
             for look in _looks(looks):
                 if look:
                     sleep(every)
-                live.update(_view(log, limit), refresh=True)
+                live.update(_view(log, limit, screen.width), refresh=True)
 
 
 def _looks(looks: int | None) -> Iterable[int]:
@@ -156,11 +160,11 @@ def _looks(looks: int | None) -> Iterable[int]:
         look += 1
 
 
-def _view(log: SagaLog, limit: int) -> Group:
+def _view(log: "SagaLog", limit: int, width: int) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
     head = Text(shown_moment(datetime.now(UTC)), "dim")
     for name, count in log.counts().items():
         head.append("   ").append_text(state(name)).append(f" {count}")
-    return Group(head, saga_table(log.snapshot_recent(limit)))
+    return Group(head, saga_table(log.snapshot_recent(limit), width))

@@ -13,6 +13,7 @@ import typer
 from sagalog.cli.output import Form
 from sagalog.cli.text import read_duration, read_moment
 from sagalog.cli.usage import CommandError, bad_usage
+from sagalog.schema import REVISIONS
 
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON; the same as --output json.")]
 Output: TypeAlias = Annotated[
@@ -87,3 +88,11 @@ def _read(reader: Callable[[str], object], value: str) -> object:
         return reader(value)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+
+
+def revision(value: str | None) -> str | None:
+    """An option that names a revision of sagalog's, "base" or "head"."""
+    known = ("base", "head", *REVISIONS)
+    if value not in (None, *known):
+        raise typer.BadParameter(f"there is no revision {value!r}; known: {', '.join(known)}")
+    return value

@@ -66,7 +66,10 @@ def print_json(form: Form, value: Any) -> None:
     """One document; or with `jsonl` one line, or a line for each item of a list."""
     items = value if form is Form.JSONL and isinstance(value, list) else [value]
     for item in items:
-        typer.echo(json.dumps(_plain(item), indent=2 if form is Form.JSON else None))
+        text = (
+            json.dumps(_plain(item), indent=2) if form is Form.JSON else json.dumps(_plain(item), separators=(",", ":"))
+        )
+        typer.echo(text)
 
 
 def _plain(value: Any) -> Any:
@@ -107,7 +110,7 @@ def table(*headings: str, right: Sequence[str] = (), whole: Sequence[str] = ()) 
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
+    made = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False, header_style="bold")
     for heading in headings:
         side: Literal["left", "right"] = "right" if heading in right else "left"
         made.add_column(heading, justify=side, overflow="fold", no_wrap=heading in (*right, *whole))

@@ -1,16 +1,14 @@
-"""`upgrade`, `downgrade`, `current`, `check`, `sql`, `alembic-revision`: the schema of the tables."""
-
-from __future__ import annotations
+"""`upgrade`, `downgrade`, `current`, `check`: the schema of the tables."""
 
 from typing import Annotated
 
 import typer
 
-from sagalog.cli.options import Json, Output, Yes, ask
+from sagalog.cli.options import Json, Output, Yes, ask, revision
 from sagalog.cli.output import Form, form_of, plain, print_json, print_lines
 from sagalog.cli.settings import settings_of
 from sagalog.cli.usage import bad_usage
-from sagalog.schema import BASE, HEAD, REVISIONS
+from sagalog.schema import BASE, HEAD
 
 
 def register(app: typer.Typer) -> None:
@@ -21,16 +19,9 @@ def register(app: typer.Typer) -> None:
     app.command()(check)
 
 
-def _revision(text: str) -> str:
-    known = ("base", "head", *REVISIONS)
-    if text not in known:
-        raise typer.BadParameter(f"there is no revision {text!r}; known: {', '.join(known)}")
-    return text
-
-
 def upgrade(
     context: typer.Context,
-    to: Annotated[str, typer.Argument(metavar="REVISION", callback=_revision, help="Where to.")] = "head",
+    to: Annotated[str, typer.Argument(metavar="REVISION", callback=revision, help="Where to.")] = "head",
     as_json: Json = False,
     output: Output = None,
 ) -> None:
@@ -56,7 +47,7 @@ def upgrade(
 def downgrade(
     context: typer.Context,
     to: Annotated[
-        str, typer.Argument(metavar="REVISION", callback=_revision, help='Where to; "base" drops the tables.')
+        str, typer.Argument(metavar="REVISION", callback=revision, help='Where to; "base" drops the tables.')
     ],
     yes: Yes = False,
     as_json: Json = False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +61,8 @@ def read_settings(url: str | None, schema: str | None, prefix: str | None) -> Se
 
 
 def _from_pyproject(path: Path) -> dict[str, str]:
+    import tomllib
+
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("sagalog", {})
     except FileNotFoundError:

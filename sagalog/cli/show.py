@@ -1,7 +1,5 @@
 """`show`: one saga, its steps as a timeline, and what operators did to it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
 
     from sagalog import AuditRecord, SagaRecord, StepRecord
 
-_BAR = 32
+_BAR = 24
 
 
 def register(app: typer.Typer) -> None:
@@ -63,7 +61,7 @@ def show(
             out.print(text, soft_wrap=True)
 
 
-def _head(saga: SagaRecord) -> Iterator[Text]:
+def _head(saga: "SagaRecord") -> "Iterator[Text]":
     from rich.text import Text
 
     yield Text.assemble(plain(f"saga {saga.saga_id}  "), plain(saga.name, "bold"), "  ", state(saga.state))
@@ -84,7 +82,7 @@ def _head(saga: SagaRecord) -> Iterator[Text]:
             yield Text.assemble((f"{name}: ", "dim"), plain(value))
 
 
-def _timeline(saga: SagaRecord, mark: str) -> Table:
+def _timeline(saga: "SagaRecord", mark: str) -> "Table":
     undoes: dict[int, list[int]] = {}
     for step in saga.steps:
         if step.compensated_by is not None:
@@ -92,9 +90,8 @@ def _timeline(saga: SagaRecord, mark: str) -> Table:
     start = min(saga.started_at, *(step.started_at for step in saga.steps))
     ends = [step.ended_at or step.started_at for step in saga.steps]
     end = max(*ends, saga.terminal_at or (datetime.now(UTC) if saga.state in _MOVING else ends[0]), ends[0])
-    shown = table(
-        "step", "name", "state", "after", "took", "timeline", "", right=("step", "after", "took"), whole=("state",)
-    )
+    headings = ("step", "name", "state", "after", "took", "timeline", "")
+    shown = table(*headings, right=("step", "after", "took"), whole=("state", "timeline"))
     for step in saga.steps:
         took = "" if step.ended_at is None else shown_duration(step.ended_at - step.started_at)
         after = shown_duration(step.started_at - start)
@@ -108,7 +105,7 @@ def _timeline(saga: SagaRecord, mark: str) -> Table:
 _MOVING = ("running", "compensating")
 
 
-def _bar(step: StepRecord, start: datetime, end: datetime, mark: str) -> Text:
+def _bar(step: "StepRecord", start: datetime, end: datetime, mark: str) -> "Text":
     from rich.text import Text
 
     span = max(end - start, timedelta(milliseconds=1))
@@ -118,7 +115,7 @@ def _bar(step: StepRecord, start: datetime, end: datetime, mark: str) -> Text:
     return Text(" " * first + (mark if step.ended_at else "?") * (last - first), STATE_STYLES.get(step.state, ""))
 
 
-def _remarks(step: StepRecord, undoes: dict[int, list[int]]) -> Text:
+def _remarks(step: "StepRecord", undoes: dict[int, list[int]]) -> "Text":
     parts = []
     if step.step_index in undoes:
         parts.append("undoes " + ", ".join(map(str, undoes[step.step_index])))
@@ -130,7 +127,7 @@ def _remarks(step: StepRecord, undoes: dict[int, list[int]]) -> Text:
     return plain("; ".join(parts))
 
 
-def _reason(step: StepRecord) -> str | None:
+def _reason(step: "StepRecord") -> str | None:
     """Why a step failed, or what was raised last on one in doubt."""
     if step.error is not None or step.state != "failed":
         return step.error
@@ -139,7 +136,7 @@ def _reason(step: StepRecord) -> str | None:
     return reason if isinstance(reason, str) else None
 
 
-def _audit_table(audit: list[AuditRecord]) -> Table:
+def _audit_table(audit: "list[AuditRecord]") -> "Table":
     shown = table("at", "actor", "action", "step", "from", "to", "note", right=("step",))
     for row in audit:
         index = "" if row.step_index is None else str(row.step_index)
@@ -156,7 +153,7 @@ def _read(row: Any, field: str) -> tuple[Any, bool]:
         return getattr(row, f"{field}_json"), False
 
 
-def _payloads(saga: SagaRecord) -> Iterator[tuple[str, str]]:
+def _payloads(saga: "SagaRecord") -> Iterator[tuple[str, str]]:
     fields: list[tuple[Any, str, str]] = [(saga, "input", "input"), (saga, "result", "result")]
     for step in saga.steps:
         name = f"step {step.step_index} {step.name}"
@@ -169,7 +166,7 @@ def _payloads(saga: SagaRecord) -> Iterator[tuple[str, str]]:
         yield title, harmless(text, keep="\n")
 
 
-def _facts(saga: SagaRecord, audit: list[AuditRecord], payloads: bool) -> dict[str, Any]:
+def _facts(saga: "SagaRecord", audit: "list[AuditRecord]", payloads: bool) -> dict[str, Any]:
     facts = saga.model_dump(exclude={"steps", "input_json", "result_json"})
     facts["steps"] = []
     for step in saga.steps:
@@ -189,5 +186,5 @@ def _payload_facts(row: Any, *fields: str) -> dict[str, Any]:
     return {(field if is_json else f"{field}_json"): value for field, (value, is_json) in read.items()}
 
 
-def _drawable(out: Console) -> str:
+def _drawable(out: "Console") -> str:
     return "█" if out.encoding.lower().startswith("utf") else "="

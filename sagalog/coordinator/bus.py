@@ -76,6 +76,7 @@ class CommandBus:
         self._by_type: dict[type[Any], Handler] = {}
         self._by_name: dict[str, Handler] = {}
         self._compensations: dict[type[Any], Compensation] = {}
+        self.has_pivots = False
 
     @overload
     def handler(self, function: F, /) -> F: ...
@@ -256,6 +257,7 @@ class CommandBus:
             del self._by_type[handler.cmd_type]
             raise
         self._by_name[handler.name] = handler
+        self.has_pivots = self.has_pivots or handler.pivot
 
     def _check_undo(self, compensation: Compensation) -> None:
         """What undoes is repeated under its key; it cannot itself be undone."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import random
 import time
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Sleep, Write
 from sagalog.coordinator.lease import Executor
-from sagalog.coordinator.recover import Left, OnCrash, Recovery, RecoveryReport, finish_claimed
+from sagalog.coordinator.recover import Left, OnCrash, Recovery, RecoveryReport, finish_claimed, forward_or_back
 from sagalog.coordinator.run import Policy, Run
 from sagalog.coordinator.saga import execute
 from sagalog.errors import (
@@ -22,7 +24,7 @@ from sagalog.errors import (
     UnusableHandler,
     WrongEnvironment,
 )
-from sagalog.log import claiming, owning, reading
+from sagalog.log import claiming, owning, reading, reopening
 from sagalog.log.claiming import Candidate
 from sagalog.log.database import Operation
 from sagalog.log.owning import Fence
@@ -31,9 +33,20 @@ from sagalog.moments import now_ms, to_ms
 from sagalog.payload import check_text, encode
 from sagalog.states import SagaState
 
+T = TypeVar("T")
+_log = logging.getLogger("sagalog")
 _PAGE = 1000
+_FAIRNESS = 4
 _FORGOTTEN_AFTER_MS = 24 * 3600 * 1000
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5
+_ENDED = (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED)
+
+
+class Job(NamedTuple):
+    """What a worker may do next."""
+
+    seen: Candidate
+    submitted: bool
 
 
 class Core:
@@ -100,27 +113,47 @@ class Core:
         await self.registered()
         token = new_token()
         deadline = _deadline(definition)
-        begun = await Write(
-            owning.begin_saga(
-                definition.name,
-                text,
-                key=key,
-                version=definition.version,
-                executor_id=self.executor.executor_id,
-                deadline_at=deadline,
-                token=token,
-            )
+        beginning = owning.begin_saga(
+            definition.name,
+            text,
+            key=key,
+            version=definition.version,
+            executor_id=self.executor.executor_id,
+            deadline_at=deadline,
+            token=token,
         )
+        begun = await self._taking(beginning, lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None)
         if not begun.created:
             return await self.outcome(definition, begun.saga_id)
         fence = Fence(begun.saga_id, 1)
         run = Run(self.policy, definition, fence, token, name=definition.name, deadline_at=deadline)
         return await self.owning(fence, execute, run, definition, input)
 
+    async def _taking(self, operation: Operation[T], fence_of: Callable[[T], Fence | None]) -> T:
+        """Make a saga this process's; until the answer is here, no other thread takes it for one that was left."""
+        executor, ticket = self.executor, object()
+        coming, active = executor.coming, executor.active
+        coming.add(ticket)
+        try:
+            answer: T = await Write(operation)
+            fence = fence_of(answer)
+            if fence is not None:
+                active[fence.saga_id] = fence
+            return answer
+        finally:
+            coming.discard(ticket)
+
+    async def _claimed(self, claim: Operation[bool], fence: Fence) -> bool:
+        try:
+            return await self._taking(claim, lambda won: fence if won else None)
+        except LogUnavailable:
+            self.executor.strand(fence)  # it may be this process's all the same
+            raise
+
     async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:
         """Work on a saga that this process owns; what it stops working on is given back for recovery."""
         active = self.executor.active
-        active.add(fence.saga_id)
+        active[fence.saga_id] = fence
         try:
             return await flow(*args)
         except GeneratorExit:
@@ -129,13 +162,16 @@ class Core:
             self.executor.strand(fence)
             raise
         except BaseException as error:
-            if not isinstance(error, Exception):
+            if not (isinstance(error, SagaFailed) and error.outcome in _ENDED):
                 await self._give_back(fence)
             raise
         finally:
-            active.discard(fence.saga_id)
+            if active.get(fence.saga_id) is fence:
+                del active[fence.saga_id]
 
     async def _give_back(self, fence: Fence) -> None:
+        if self.executor.is_forked():
+            return  # it is the parent's
         try:
             await Write(owning.release(fence, self.executor.executor_id, counted=True))
         except Exception:
@@ -167,7 +203,7 @@ class Core:
         record = await Write(reading.get(saga_id))
         if record.state == SagaState.COMPLETED:
             return record.result if definition is None else definition.read_result(record.result_json, saga_id)
-        if record.state in (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED):
+        if record.state in _ENDED:
             raise SagaFailed(saga_id, record.name, SagaState(record.state), record.failure_reason)
         raise SagaInProgress(saga_id, record.name, record.state)
 
@@ -220,6 +256,24 @@ class Core:
         await Write(claiming.forget_dead(_FORGOTTEN_AFTER_MS))
         return report
 
+    async def retry(self, saga_id: int, *, note: str, actor: str, again: bool) -> Any:
+        """Give a saga that needs a person back, and bring it to an end here."""
+        await self.check_environment()
+        await self.registered()
+        record = await Write(reading.get(saga_id))
+        if record.name not in self.definitions:
+            self.definition_of(record.name)
+        recovery = Recovery(
+            self.policy, self.definitions, self.on_crash, self.max_recoveries, self.executor.executor_id, again
+        )
+        target = forward_or_back(recovery, record)
+        epoch = await Write(reopening.reopen(saga_id, target, note=note, actor=actor, again=again))
+        seen = Candidate(saga_id, epoch, record.name)
+        fence = Fence(saga_id, epoch + 1)
+        if await self._claimed(claiming.claim(seen, self.executor.executor_id, adopt=False), fence):
+            await self.owning(fence, finish_claimed, recovery, fence)
+        return await Write(reading.get(saga_id))
+
     async def claimable(
         self, report: RecoveryReport, passed: set[int], *, adopt: bool, most: int = _PAGE
     ) -> tuple[list[Candidate], bool]:
@@ -227,9 +281,13 @@ class Core:
         now = now_ms()
         limit = most + len(passed) + len(self._not_before) + len(self.executor.active)
         found = await Write(claiming.candidates(self.executor.executor_id, limit, adopt=adopt))
+        coming = bool(self.executor.coming)  # looked at before `active`, into which what comes is moved
         page = []
         for seen in found:
             if seen.saga_id in passed or seen.saga_id in self.executor.active:
+                continue
+            if seen.own and coming:
+                passed.add(seen.saga_id)
                 continue
             if seen.name not in self.definitions:
                 passed.add(seen.saga_id)
@@ -252,15 +310,13 @@ class Core:
         recovery = Recovery(self.policy, self.definitions, self.on_crash, self.max_recoveries, executor_id)
         fence = Fence(seen.saga_id, seen.epoch + 1)
         try:
-            if not await Write(claiming.claim(seen, executor_id, adopt=adopt)):
+            if not await self._claimed(claiming.claim(seen, executor_id, adopt=adopt), fence):
                 return 0
             end = await self.owning(fence, finish_claimed, recovery, fence)
         except LeaseLost:
             return 0
         except Exception as error:
             report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
-            if not isinstance(error, LogUnavailable):
-                await self._give_back(fence)
             return 1
         if end is None:
             return 0
@@ -270,13 +326,37 @@ class Core:
         report.add(seen.saga_id, seen.name, end)
         return 1
 
+    async def find_work(self, free: int, busy: set[int]) -> list[Job]:
+        """At most `free` sagas that a worker could start or take over now; others may be faster."""
+        await self.registered()
+        found = await Write(claiming.submitted(free * _FAIRNESS + len(busy)))
+        known = [seen for seen in found if seen.name in self.definitions and seen.saga_id not in busy]
+        jobs = [Job(seen, submitted=True) for seen in _some(known, free)]
+        if len(jobs) < free:
+            passed = set(busy)
+            most = (free - len(jobs)) * _FAIRNESS
+            page, _ = await self.claimable(RecoveryReport(), passed, adopt=False, most=most)
+            jobs += [Job(seen, submitted=False) for seen in _some(page, free - len(jobs))]
+        return jobs
+
+    async def do(self, job: Job) -> None:
+        """Start or recover one saga, unless another process was faster."""
+        if job.submitted:
+            await self.start_submitted(job.seen)
+            return
+        report = RecoveryReport()
+        await self.recover_one(job.seen, report, adopt=False)
+        for error in report.errors.values():
+            _log.error("recovery of saga %s (%s): %s", job.seen.saga_id, job.seen.name, error)
+
     async def start_submitted(self, seen: Candidate) -> Any:
         """Claim a submitted saga and run it; None if another process was faster."""
         definition = self.definitions[seen.name]
         deadline = _deadline(definition)
-        if not await Write(claiming.claim_submitted(seen, self.executor.executor_id, deadline)):
-            return None
         fence = Fence(seen.saga_id, seen.epoch + 1)
+        claim = claiming.claim_submitted(seen, self.executor.executor_id, deadline)
+        if not await self._claimed(claim, fence):
+            return None
         return await self.owning(fence, self._run_claimed, fence, definition, deadline)
 
     async def _run_claimed(self, fence: Fence, definition: Definition, deadline: int | None) -> Any:
@@ -288,6 +368,12 @@ class Core:
             await run.written(owning.compensated(fence, f"its input cannot be read: {error}"))
             raise
         return await execute(run, definition, input)
+
+
+def _some(page: list[Candidate], most: int) -> list[Candidate]:
+    """Some of the first, at random, so that many workers do not all reach for the same."""
+    near = page[: most * _FAIRNESS]
+    return near if len(near) <= most else random.sample(near, most)
 
 
 def _input_text(definition: Definition, input: Any, key: str | None) -> str:

@@ -13,8 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from sagalog.errors import SagaLogError
@@ -46,7 +45,8 @@ class Executor:
     def _begin_anew(self) -> None:
         self._pid = os.getpid()
         self.executor_id = uuid.uuid4().hex
-        self.active: set[int] = set()
+        self.active: dict[int, Fence] = {}
+        self.coming: set[object] = set()
         self._wake = threading.Condition()
         self._watched: dict[int, tuple[float, Fence, int, float]] = {}
         self._tickets = itertools.count()
@@ -67,9 +67,13 @@ class Executor:
 
     def is_due(self) -> bool:
         """Whether the coordinator itself must renew before it goes on: at first, after a fork, or with no thread."""
-        if self._pid != os.getpid():
+        if self.is_forked():
             self._begin_anew()
         return not self._registered or (self._thread is None and time.monotonic() >= self._renew_at)
+
+    def is_forked(self) -> bool:
+        """Whether this is a child of the process that the identity belongs to."""
+        return self._pid != os.getpid()
 
     def renewed(self) -> None:
         """The lease was written; the thread takes over, if it can."""
@@ -82,18 +86,22 @@ class Executor:
             self._thread = threading.Thread(target=self._keep, args=(apart,), name="sagalog-lease", daemon=True)
             self._thread.start()
 
-    @contextmanager
-    def watching(self, fence: Fence, step_index: int, seconds: float, settle: float) -> Iterator[None]:
-        """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over."""
+    def watch(self, fence: Fence, step_index: int, seconds: float, settle: float) -> int:
+        """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over.
+
+        Returns:
+            What `unwatch` wants, once the handler is done.
+        """
         ticket = next(self._tickets)
         self._watched[ticket] = (time.monotonic() + seconds, fence, step_index, settle)
         if seconds < self.lease / 3:
             with self._wake:
                 self._wake.notify()
-        try:
-            yield
-        finally:
-            self._watched.pop(ticket, None)
+        return ticket
+
+    def unwatch(self, ticket: int) -> None:
+        """The handler is done."""
+        self._watched.pop(ticket, None)
 
     def strand(self, fence: Fence) -> None:
         """A saga that this process stopped working on, and could not give back."""
@@ -102,7 +110,9 @@ class Executor:
             self._wake.notify()
 
     def retirement(self) -> Operation[None] | None:
-        """Stop, and what then gives the lease up; None if nothing was ever held, or only by the parent of a fork."""
+        """Stop, and what then gives the lease up; None if nothing is held, or still in use."""
+        if self.active and self._pid == os.getpid():
+            return None  # somebody still works under it
         held = self._registered and self._pid == os.getpid()
         self.stop()
         return claiming.retire(self.executor_id) if held else None
@@ -149,6 +159,8 @@ class Executor:
                 )
                 if not self._attempt(apart, operation, f"saga {fence.saga_id} could not be given up"):
                     self._watched[ticket] = (now + 1.0, fence, step_index, settle)
+                elif self.active.get(fence.saga_id) is fence:
+                    del self.active[fence.saga_id]
 
     def _give_back(self, apart: Apart) -> None:
         with self._wake:

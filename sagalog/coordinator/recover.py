@@ -83,6 +83,7 @@ class Recovery:
         on_crash: "compensate" or "resume".
         max_recoveries: After so many take-overs a saga goes to a person.
         executor_id: This process.
+        again: Whether an operator wants what is in doubt to be sent again, once, under its key.
     """
 
     policy: Policy
@@ -90,6 +91,7 @@ class Recovery:
     on_crash: OnCrash
     max_recoveries: int
     executor_id: str
+    again: bool = False
 
 
 async def finish_claimed(recovery: Recovery, fence: Fence) -> End | None:
@@ -123,6 +125,7 @@ def _run_of(recovery: Recovery, record: SagaRecord, fence: Fence) -> Run:
         deadline_at=None if record.deadline_at is None else to_ms(record.deadline_at),
         steps=[Step.of(step) for step in record.steps],
         patient=False,
+        again=recovery.again,
     )
 
 
@@ -134,6 +137,12 @@ async def _resolved(recovery: Recovery, run: Run, record: SagaRecord) -> End:
     if run.reached_pivot and _pivot_is_done(run):
         return await to_person(run, _cannot_resume(run, record))
     return await unwind(run, _reason(record))
+
+
+def forward_or_back(recovery: Recovery, record: SagaRecord) -> SagaState:
+    """Where an operator's retry leads: after a step that cannot be undone only forward, if no undo began."""
+    run = _run_of(recovery, record, Fence(record.saga_id, record.epoch))
+    return SagaState.RUNNING if run.reached_pivot and not run.undos else SagaState.COMPENSATING
 
 
 def may_resume(recovery: Recovery, run: Run, record: SagaRecord) -> bool:

@@ -14,9 +14,9 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
-from sagalog.coordinator.commands import Compensates, Retry, StepInfo
+from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.definition import Definition
-from sagalog.coordinator.effects import Call, Invoke, Sleep, Together, Write
+from sagalog.coordinator.effects import Call, Info, Invoke, Sleep, Together, Write
 from sagalog.coordinator.signature import events_of, takes_none
 from sagalog.errors import (
     LeaseLost,
@@ -105,6 +105,7 @@ class Run:
         stopped: Why it may not go on; every further call of its context raises it, whatever the function catches.
         state: The saga's state, as this process knows it.
         patient: Whether to wait until nothing of a step in doubt can be under way; recovery leaves the saga instead.
+        again: Whether an operator wants what is in doubt to be sent again, once, under its key.
         reached_pivot: Whether it only goes forward.
     """
 
@@ -120,6 +121,7 @@ class Run:
         deadline_at: int | None = None,
         steps: Sequence[Step] = (),
         patient: bool = True,
+        again: bool = False,
     ) -> None:
         self.policy = policy
         self.definition = definition
@@ -129,6 +131,7 @@ class Run:
         self.state = state
         self.deadline_at = deadline_at
         self.patient = patient
+        self.again = again
         self.steps: dict[int, Step] = {step.index: step for step in steps}
         self.stopped: BaseException | None = None
         self.over = False
@@ -166,7 +169,7 @@ class Run:
     @property
     def reached_pivot(self) -> bool:
         """Whether a step that cannot be undone succeeded, or is in doubt."""
-        return any(self.is_pivot(step) for step in self.steps.values())
+        return self.policy.bus.has_pivots and any(self.is_pivot(step) for step in self.steps.values())
 
     def unknown_policy(self, handler: Handler) -> OnUnknown:
         """What becomes of a step of this handler that stays in doubt."""
@@ -227,26 +230,21 @@ class Run:
         if os.getpid() != self._pid:
             # A forked child knows the parent's epoch, and is not the parent.
             raise self.stop(LeaseLost(operation.asked, self.saga_id, epoch=self.fence.epoch, found=self.fence.epoch))
-        try:
-            return await self._written_at_last(operation)
-        except (LeaseLost, LogUnavailable) as error:
-            raise self.stop(error) from error.__cause__
-        except owning.CancelAsked as asked:
-            name = f"{self.name} of saga {self.saga_id}"
-            problem = f"it was asked to cancel: {asked.reason}"
-            raise self.stop(Stopped(name, problem, saga_id=self.saga_id, found="cancel", outcome="")) from None
-
-    async def _written_at_last(self, operation: Operation[R]) -> R:
-        for wait in (*_WAITS_FOR_THE_LOG, None):
+        wait = 0
+        while True:
             try:
-                answer: R = await Write(operation)
-            except LogUnavailable:
-                if wait is None:
-                    raise
-                await Sleep(wait)
-            else:
-                return answer
-        raise AssertionError("the last try returns or raises")
+                return await Write(operation)  # type: ignore[no-any-return]
+            except LogUnavailable as error:
+                if wait == len(_WAITS_FOR_THE_LOG):
+                    raise self.stop(error) from error.__cause__
+                await Sleep(_WAITS_FOR_THE_LOG[wait])
+                wait += 1
+            except LeaseLost as error:
+                raise self.stop(error) from error.__cause__
+            except owning.CancelAsked as asked:
+                name = f"{self.name} of saga {self.saga_id}"
+                problem = f"it was asked to cancel: {asked.reason}"
+                raise self.stop(Stopped(name, problem, saga_id=self.saga_id, found="cancel", outcome="")) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +294,9 @@ async def tried(
     transactional = handler.transactional
     while True:
         due = now_ms() + int(handler.timeout * 1000)
-        info = StepInfo(run.saga_id, step.index, attempt, from_ms(due), key, compensates)
+        info = Info(run.saga_id, step.index, attempt, due, key, compensates)
         ended = _ending_of(run, step, undo=compensates is not None) if transactional else None
+        await _hold_still(run, handler, step)
         try:
             value: Any = await Invoke(handler, cmd, info, run.fence, ended)
         except owning.AlreadyEnded as found:
@@ -327,6 +326,13 @@ async def tried(
             return Doubt(reason_of(failed), failed)
         await Sleep(wait)
         attempt += 1
+
+
+async def _hold_still(run: Run, handler: Handler, step: Step) -> None:
+    """A process that slept past the deadline that it wrote asks the log first: somebody may be undoing the step."""
+    if step.deadline_at is not None and now_ms() >= step.deadline_at:
+        step.deadline_at = _due(handler)
+        await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
 
 
 def may_try(step: Step, retry: Retry) -> bool:
@@ -526,8 +532,9 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     retry = handler.retry
     if did_nothing and not forward:
         outcome: Outcome = Refused("its process died before it was done", Stopped("", ""))
-    elif did_nothing or (retry is not None and may_try(step, retry)):
-        await run.written(owning.try_again(run.fence, step.index, _due(handler)))
+    elif did_nothing or run.again or (retry is not None and may_try(step, retry)):
+        step.deadline_at = _due(handler)
+        await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
         outcome = await tried(run, handler, step, cmd, retry_of(handler))
     else:
         return Doubt("its process died, or gave up, before its outcome was known", None)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
 
 from sagalog.coordinator.bus import CommandBus, OnUnknown
 from sagalog.coordinator.context import AsyncSagaContext, SagaContext
@@ -24,10 +24,12 @@ from sagalog.coordinator.recover import OnCrash, RecoveryReport
 from sagalog.coordinator.run import Policy
 from sagalog.coordinator.saga import CallSaga
 from sagalog.coordinator.transacting import Transactions
+from sagalog.coordinator.worker import AsyncWorker, Worker
 from sagalog.errors import UnusableBind, UnusableHandler
 from sagalog.log.apart import apart_of, inner_bind
 from sagalog.log.caller import CallerBind
 from sagalog.log.facade import AsyncSagaLog, SagaLog
+from sagalog.records import SagaRecord
 
 if TYPE_CHECKING:
     from sagalog.log.facade import AsyncTarget, SyncTarget
@@ -38,16 +40,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _HANDLER_THREADS = 64
 
 
-class Interpose(Protocol):
-    """What `sagalog.testing.crash_points` puts around every log transaction and every handler call."""
-
-    def before(self, effect: Effect[Any]) -> None:
-        """Called before it."""
-        ...
-
-    def after(self, effect: Effect[Any]) -> None:
-        """Called after it succeeded."""
-        ...
+Interpose: TypeAlias = Callable[[Effect[Any], Callable[[Effect[Any]], Any]], Any]
+"""What `sagalog.testing.crash_points` puts around every log transaction and every handler call."""
 
 
 class _Shell:
@@ -199,11 +193,14 @@ class SagaCoordinator(_Shell):
     @overload
     def run(self, saga: Callable[[SagaContext], R], /, *, key: str | None = None) -> R: ...
 
-    def run(self, saga: Callable[..., Any], /, *input: Any, key: str | None = None) -> Any:
+    @overload
+    def run(self, saga: str, /, *input: Any, key: str | None = None) -> Any: ...
+
+    def run(self, saga: Callable[..., Any] | str, /, *input: Any, key: str | None = None) -> Any:
         """Run a saga to its end.
 
         Args:
-            saga: The registered function.
+            saga: The registered function, or its name.
             input: Its input, if it takes one.
             key: The start's idempotency key: the same (name, key) never runs twice.
 
@@ -277,6 +274,37 @@ class SagaCoordinator(_Shell):
         """
         return drive(self._core.recover(limit, adopt=adopt), self._perform)
 
+    def retry(self, saga_id: int, *, note: str, actor: str, again: bool = False) -> SagaRecord:
+        """Give a saga that needs a person back, and bring it to an end here; audited.
+
+        After a step that cannot be undone it goes forward, otherwise it is undone.
+
+        Args:
+            saga_id: The saga, in failed_compensation.
+            note: Why.
+            actor: Who says so.
+            again: Send a step in doubt again, once, under its key; without, a step in doubt is refused.
+
+        Returns:
+            The saga as it is now.
+
+        Raises:
+            InvalidTransition: It is in another state, or a step is in doubt.
+        """
+        record: SagaRecord = drive(self._core.retry(saga_id, note=note, actor=actor, again=again), self._perform)
+        return record
+
+    def worker(self, *, concurrency: int = 8, poll: float = 1.0) -> Worker:
+        """A worker that runs submitted sagas, recovers, and keeps the lease, until it is shut down.
+
+        ``with coordinator.worker():`` or its `start()` and `shutdown(grace=10.0)`.
+
+        Args:
+            concurrency: At most so many sagas at a time.
+            poll: Seconds between looks for work where nothing tells of it.
+        """
+        return Worker(self, concurrency, poll)
+
     def close(self) -> None:
         """Give up the lease; the log stays open. Calling it again does nothing."""
         retirement = self._core.executor.retirement()
@@ -297,10 +325,7 @@ class SagaCoordinator(_Shell):
         interpose = self.interpose
         if interpose is None or not isinstance(effect, Write | Invoke):
             return self._answer(effect)
-        interpose.before(effect)
-        answer = self._answer(effect)
-        interpose.after(effect)
-        return answer
+        return interpose(effect, self._answer)
 
     def _answer(self, effect: Effect[Any]) -> Any:
         if isinstance(effect, Write):
@@ -317,11 +342,14 @@ class SagaCoordinator(_Shell):
         return self._together(effect)
 
     def _invoke(self, effect: Invoke[Any]) -> Any:
-        handler = effect.handler
-        with self._core.executor.watching(effect.fence, effect.info.step_index, handler.timeout, handler.settle):
+        handler, executor = effect.handler, self._core.executor
+        ticket = executor.watch(effect.fence, effect.info.step_index, handler.timeout, handler.settle)
+        try:
             if handler.transactional:
                 return self._transactions.perform(effect, effect.arguments)
             return handler.function(*effect.arguments(None))
+        finally:
+            executor.unwatch(ticket)
 
     def _together(self, effect: Together[Any]) -> list[Settled[Any]]:
         ends: list[Settled[Any]] = [Settled(None, None)] * len(effect.flows)
@@ -381,7 +409,10 @@ class AsyncSagaCoordinator(_Shell):
     @overload
     async def run(self, saga: Callable[[AsyncSagaContext], Awaitable[R]], /, *, key: str | None = None) -> R: ...
 
-    async def run(self, saga: Callable[..., Any], /, *input: Any, key: str | None = None) -> Any:
+    @overload
+    async def run(self, saga: str, /, *input: Any, key: str | None = None) -> Any: ...
+
+    async def run(self, saga: Callable[..., Any] | str, /, *input: Any, key: str | None = None) -> Any:
         """See `SagaCoordinator.run`."""
         definition = self._core.definition_of(saga)
         return await adrive(self._core.run(definition, definition.input_of(input), key), self._perform)
@@ -408,6 +439,15 @@ class AsyncSagaCoordinator(_Shell):
         """See `SagaCoordinator.recover`."""
         return await adrive(self._core.recover(limit, adopt=adopt), self._perform)
 
+    async def retry(self, saga_id: int, *, note: str, actor: str, again: bool = False) -> SagaRecord:
+        """See `SagaCoordinator.retry`."""
+        record: SagaRecord = await adrive(self._core.retry(saga_id, note=note, actor=actor, again=again), self._perform)
+        return record
+
+    def worker(self, *, concurrency: int = 8, poll: float = 1.0) -> AsyncWorker:
+        """See `SagaCoordinator.worker`; ``async with``, made for a FastAPI lifespan."""
+        return AsyncWorker(self, concurrency, poll)
+
     async def close(self) -> None:
         """See `SagaCoordinator.close`."""
         retirement = await asyncio.to_thread(self._core.executor.retirement)
@@ -431,10 +471,7 @@ class AsyncSagaCoordinator(_Shell):
         interpose = self.interpose
         if interpose is None or not isinstance(effect, Write | Invoke):
             return await self._answer(effect)
-        interpose.before(effect)
-        answer = await self._answer(effect)
-        interpose.after(effect)
-        return answer
+        return await interpose(effect, self._answer)
 
     async def _answer(self, effect: Effect[Any]) -> Any:
         if isinstance(effect, Write):

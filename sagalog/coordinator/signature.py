@@ -79,7 +79,12 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
             wants.append("info")
         elif _is_session(kind):
             wants.append("session")
-        elif cmd_type is None and isinstance(kind, type) and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        elif (
+            cmd_type is None
+            and kind is not NOT_SAID
+            and isinstance(kind, type)
+            and parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+        ):
             cmd_type = kind
             wants.append("cmd")
         elif parameter.default is NOT_SAID and parameter.kind not in _VARIADIC:

@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
@@ -110,7 +111,7 @@ class Transactions:
 
     def _told(self, error: Exception) -> Exception:
         """A handler whose transaction the database gave up did nothing, and may be tried again."""
-        if isinstance(error, SagaLogError) or not is_transient(error):
+        if not isinstance(error, DBAPIError) or not is_transient(error):
             return error
         return translate(error, _COMMIT, "the log's database", committing=False)
 

@@ -81,7 +81,7 @@ async def unwind(run: Run, reason: str) -> End:
         if run.reached_pivot:
             return await to_person(run, f"{reason}; a step that cannot be undone succeeded, or is in doubt")
         if run.state is not SagaState.COMPENSATING and any(step.open for step in run.steps.values()):
-            await run.written(owning.mark_compensating(run.fence))
+            await run.written(owning.mark_compensating(run.fence, reason))
             run.state = SagaState.COMPENSATING
         for step in run.forward():
             if step.open:
@@ -235,10 +235,10 @@ async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bo
     """Call an undo's handler until it is done, and mark what it undid with it, in one transaction."""
     retry = handler.retry or _DEFAULT
     if again:
-        if not may_try(undo, retry):
+        if not (run.again or may_try(undo, retry)):
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
-        due = now_ms() + int((handler.timeout + handler.settle) * 1000)
-        await run.written(owning.try_again(run.fence, undo.index, due))
+        undo.deadline_at = now_ms() + int((handler.timeout + handler.settle) * 1000)
+        await run.written(owning.try_again(run.fence, undo.index, undo.deadline_at))
     try:
         await undo_until_known(run, handler, undo, cmd, retry)
     except StepFailed as failure:

@@ -15,6 +15,7 @@ class Candidate(NamedTuple):
     epoch: int
     name: str
     recoveries: int = 0
+    own: bool | None = False
 
 
 def renew(executor_id: str, label: str, lease_ms: int) -> Operation[None]:
@@ -81,16 +82,6 @@ def submitted(limit: int) -> Operation[list[Candidate]]:
         return [Candidate(*row) for row in db.fetch(db.sql.executors.submitted, limit_=limit)]
 
     return Call("submitted", Kind.READ, run)
-
-
-def next_run_at() -> Operation[int | None]:
-    """Milliseconds until the next submitted saga's time comes; None if none waits for one."""
-
-    def run(db: Database) -> int | None:
-        waits: int | None = db.fetch(db.sql.executors.next_run_at)[0][0]
-        return waits
-
-    return Call("next_run_at", Kind.READ, run)
 
 
 def claim_submitted(seen: Candidate, executor_id: str, deadline_at: int | None) -> Operation[bool]:

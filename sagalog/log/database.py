@@ -10,12 +10,14 @@ a bind's business.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import Dialect
 
+from sagalog.errors import UnusableBind
 from sagalog.log.statements import Statement, Statements
 from sagalog.moments import now_ms
 
@@ -29,7 +31,7 @@ class Kind(Enum):
     READ = "one SELECT, a snapshot of its own"
     WRITE = "one guarded statement that may be repeated"
     INSERT = "one guarded INSERT; its repetition raises"
-    LOCKED = "a lock on the saga's row, then one guarded statement; on SQLite the second alone"
+    LOCKED = "the same, with `write_locked`"
     SEVERAL = "several statements, all or none"
 
 
@@ -88,6 +90,19 @@ class Database(Protocol):
         """Run a guarded write; the number of rows that it changed."""
         ...
 
+    def write_locked(self, statement: Statement, values: dict[str, Any], asked: str) -> int:
+        """Run a write whose guard looks at other rows than it writes; `id_` is the saga.
+
+        On Postgres the saga's row is locked first, in a statement of its own, so that the guard's snapshot is younger
+        than the wait for the lock and sees every step that a concurrent `start_step` inserted. On SQLite the write
+        lock does it.
+
+        Raises:
+            UnusableBind: The caller's transaction reads from one old snapshot, in which a step that was started since
+                does not exist: it would be called done while it is in doubt.
+        """
+        ...
+
     def fetch(self, statement: Statement, **values: Any) -> Rows:
         """Run a statement that returns rows; all of them."""
         ...
@@ -111,6 +126,12 @@ class CoreDatabase:
         changed = self._execute(statement.clause, values, execution_options=_ROWCOUNT).rowcount
         self.writes += changed
         return changed
+
+    def write_locked(self, statement: Statement, values: dict[str, Any], asked: str) -> int:
+        """See `Database`."""
+        if self.on_postgres:
+            _lock_saga(self, values["id_"], asked)
+        return self.write(statement, values)
 
     def fetch(self, statement: Statement, **values: Any) -> Rows:
         """See `Database`."""
@@ -142,6 +163,10 @@ class CursorDatabase:
         self.writes += changed
         return changed
 
+    def write_locked(self, statement: Statement, values: dict[str, Any], asked: str) -> int:
+        """See `Database`."""
+        return self.write(statement, values)
+
     def fetch(self, statement: Statement, **values: Any) -> Rows:
         """See `Database`; fetched whole, for an unfinished cursor is a reader that keeps the log file growing."""
         text, order = statement.sqlite
@@ -153,7 +178,7 @@ class CursorDatabase:
 
 
 class PostgresCursorDatabase(CursorDatabase):
-    """The same over a Postgres driver's."""
+    """The same over a Postgres driver's, in a transaction that somebody else began."""
 
     on_postgres = True
 
@@ -163,15 +188,67 @@ class PostgresCursorDatabase(CursorDatabase):
 
     def write(self, statement: Statement, values: dict[str, Any]) -> int:
         """See `Database`."""
+        self._send(statement, values)
+        return self._changed()
+
+    def _send(self, statement: Statement, values: dict[str, Any]) -> None:
         text, order = statement.ready(self._dialect)
         self._cursor.execute(text, order(values))
+
+    def _changed(self) -> int:
         changed: int = self._cursor.rowcount
         self.writes += changed
         return changed
 
+    def write_locked(self, statement: Statement, values: dict[str, Any], asked: str) -> int:
+        """See `Database`."""
+        _lock_saga(self, values["id_"], asked)
+        return self.write(statement, values)
+
     def fetch(self, statement: Statement, **values: Any) -> Rows:
         """See `Database`."""
-        text, order = statement.ready(self._dialect)
-        self._cursor.execute(text, order(values))
+        self._send(statement, values)
         rows: Rows = self._cursor.fetchall()
         return rows
+
+
+class AutocommitDatabase(PostgresCursorDatabase):
+    """The same in autocommit: each statement is a transaction of its own, and so is `write_locked`.
+
+    Args:
+        cursor: Of the driver.
+        sql: The statements.
+        dialect: The engine's.
+        connection: The driver's; one that knows pipelines sends all of a transaction in one round trip.
+    """
+
+    def __init__(self, cursor: Any, sql: Statements, dialect: Dialect, connection: Any) -> None:
+        super().__init__(cursor, sql, dialect)
+        self._connection = connection
+
+    def write_locked(self, statement: Statement, values: dict[str, Any], asked: str) -> int:
+        """See `Database`."""
+        text, order = self.sql.lock_saga.ready(self._dialect)
+        other = self._connection.cursor()  # for each keeps the result of one statement
+        with getattr(self._connection, "pipeline", nullcontext)():
+            other.execute(BEGIN)
+            other.execute(text, order(values))
+            self._send(statement, values)
+            other.execute("COMMIT")
+        other.close()
+        return self._changed()
+
+
+BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
+
+def _lock_saga(db: Database, saga_id: int, asked: str) -> None:
+    for (level,) in db.fetch(db.sql.lock_saga, id_=saga_id):
+        if level != "read committed":
+            raise UnusableBind(
+                f"{asked} of saga {saga_id}",
+                f"the caller's transaction is at {level.upper()} and cannot see a step started since it began",
+                saga_id=saga_id,
+                found=level,
+                hint="Use a transaction at READ COMMITTED, or give SagaLog the Engine.",
+            )

@@ -3,7 +3,8 @@
 On SQLite it runs on the driver's cursor: no begin hook of the host's fires,
 the write lock is taken first, and COMMIT is SQL, for under some of the driver's
 settings SQLAlchemy's commit does nothing. On Postgres one statement is one
-round trip, in autocommit at READ COMMITTED; what needs more begins and commits.
+round trip, in autocommit at READ COMMITTED; an ending, which locks first, is one too
+where the driver knows pipelines; what needs more begins and commits.
 """
 
 from __future__ import annotations
@@ -26,13 +27,22 @@ from sagalog.log.bind import (
     take_write_lock,
     verify_once,
 )
-from sagalog.log.database import Call, CoreDatabase, CursorDatabase, Database, Kind, Operation, PostgresCursorDatabase
+from sagalog.log.database import (
+    BEGIN,
+    AutocommitDatabase,
+    Call,
+    CoreDatabase,
+    CursorDatabase,
+    Database,
+    Kind,
+    Operation,
+    PostgresCursorDatabase,
+)
 from sagalog.log.faults import SQLITE_IOERR, driver_error, is_disconnect, is_fault, sqlite_code, translate, was_sent
 from sagalog.log.statements import Statements
 from sagalog.schema import Found
 
 R = TypeVar("R")
-_SINGLE = (Kind.READ, Kind.WRITE, Kind.INSERT)
 
 
 class EngineBind:
@@ -138,7 +148,7 @@ class EngineBind:
         except dialect.loaded_dbapi.Error as error:
             raise OperationalError(None, None, error, hide_parameters=True) from error
         driver: Any = connected.dbapi_connection
-        transacting = operation.kind not in _SINGLE
+        transacting = operation.kind is Kind.SEVERAL
         refusal: SagaLogError | None = None
         try:
             was_autocommit = driver.autocommit
@@ -146,10 +156,11 @@ class EngineBind:
             cursor = connected.cursor()
             try:
                 if transacting:
-                    cursor.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
-                result = operation.run(PostgresCursorDatabase(cursor, self._sql, dialect))
-                if transacting:
+                    cursor.execute(BEGIN)
+                    result = operation.run(PostgresCursorDatabase(cursor, self._sql, dialect))
                     cursor.execute("COMMIT")
+                else:
+                    result = operation.run(AutocommitDatabase(cursor, self._sql, dialect, driver))
             except SagaLogError as error:
                 if transacting:
                     cursor.execute("ROLLBACK")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVa
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.orm import Session, scoped_session
 
-from sagalog.log import operating, pruning, reading, sagas, steps, watching
+from sagalog.log import operating, pruning, reading, reopening, sagas, steps, watching
 from sagalog.log.bind import Bind
 from sagalog.log.connections import Durability
 from sagalog.log.database import Operation
@@ -50,7 +51,7 @@ def _performs(prepare: Callable[P, Operation[R]]) -> Callable[Concatenate[SagaLo
     def method(self: SagaLog, *args: P.args, **kwargs: P.kwargs) -> R:
         return self._bind.perform(prepare(*args, **kwargs))
 
-    return cast("Callable[Concatenate[SagaLog, P], R]", method)
+    return cast("Callable[Concatenate[SagaLog, P], R]", _as_method(method, prepare))
 
 
 def _awaits(prepare: Callable[P, Operation[R]]) -> Callable[Concatenate[AsyncSagaLog, P], Awaitable[R]]:
@@ -60,7 +61,17 @@ def _awaits(prepare: Callable[P, Operation[R]]) -> Callable[Concatenate[AsyncSag
     async def method(self: AsyncSagaLog, *args: P.args, **kwargs: P.kwargs) -> R:
         return await self._bind.perform(prepare(*args, **kwargs))
 
-    return cast("Callable[Concatenate[AsyncSagaLog, P], Awaitable[R]]", method)
+    return cast("Callable[Concatenate[AsyncSagaLog, P], Awaitable[R]]", _as_method(method, prepare))
+
+
+def _as_method(method: Any, prepare: Callable[..., Any]) -> Any:
+    """Sign it for `help()` and the reference: with `self`, and with what the operation gives."""
+    shown = inspect.signature(prepare)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    gives = str(shown.return_annotation).removeprefix("Operation[").removesuffix("]")
+    method.__annotations__ = {**prepare.__annotations__, "return": gives}
+    method.__signature__ = shown.replace(parameters=[itself, *shown.parameters.values()], return_annotation=gives)
+    return method
 
 
 class SagaLog:
@@ -189,6 +200,23 @@ class SagaLog:
                 break
         return total
 
+    def quarantine(self, *, note: str, actor: str) -> int:
+        """Give every open saga to a person, for a restored backup or a copy of a database; audited.
+
+        No process runs or recovers them any more; each is settled, or given back by a coordinator's `retry`.
+
+        Args:
+            note: Why; it becomes the reason of each.
+            actor: Who says so.
+
+        Returns:
+            How many sagas there were.
+        """
+        total = 0
+        while (moved := self._bind.perform(reopening.quarantine_batch(note=note, actor=actor))) > 0:
+            total += moved
+        return total
+
     def close(self) -> None:
         """Close what the log opened itself. Calling it again does nothing."""
         self._bind.close()
@@ -308,6 +336,13 @@ class AsyncSagaLog:
             total += deleted
             if deleted < size:
                 break
+        return total
+
+    async def quarantine(self, *, note: str, actor: str) -> int:
+        """See `SagaLog.quarantine`."""
+        total = 0
+        while (moved := await self._bind.perform(reopening.quarantine_batch(note=note, actor=actor))) > 0:
+            total += moved
         return total
 
     async def close(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sagalog.errors import InvalidTransition, LogUnavailable, SagaLogError, SagaNotFound, UnusableBind, where
+from sagalog.errors import InvalidTransition, LogUnavailable, SagaLogError, SagaNotFound, where
 from sagalog.log.database import Database, Kind, Operation
 from sagalog.log.statements import Statement, Statements
 from sagalog.states import FINAL, OUTSTANDING, SagaState, StepState, step_sources
@@ -76,36 +76,14 @@ class Decided(Operation[None]):
         )
 
     def _acted(self, db: Database) -> bool:
-        if self.kind is Kind.LOCKED:
-            lock_saga(db, self.asked, self.saga_id)
         self._values["at_"] = db.now()
-        return db.write(self._chosen(db), self._values) == 1
+        statement = self._chosen(db)
+        if self.kind is Kind.LOCKED:
+            return db.write_locked(statement, self._values, self.asked) == 1
+        return db.write(statement, self._values) == 1
 
     def _chosen(self, db: Database) -> Statement:
         return self._statement(db.sql)
-
-
-def lock_saga(db: Database, asked: str, saga_id: int) -> None:
-    """Before a guard that looks at other rows than it writes: keep concurrent `start_step`s out, on Postgres.
-
-    In a statement of its own, so that the guard's snapshot is younger than the wait for the lock. On SQLite the
-    write lock does it.
-
-    Raises:
-        UnusableBind: The caller's transaction reads from one old snapshot, in which a step that was started since
-            does not exist: it would be called done while it is in doubt.
-    """
-    if not db.on_postgres:
-        return
-    for (level,) in db.fetch(db.sql.lock_saga, id_=saga_id):
-        if level != "read committed":
-            raise UnusableBind(
-                f"{asked} of saga {saga_id}",
-                f"the caller's transaction is at {level.upper()} and cannot see a step started since it began",
-                saga_id=saga_id,
-                found=level,
-                hint="Use a transaction at READ COMMITTED, or give SagaLog the Engine.",
-            )
 
 
 def steps_in_the_way(db: Database, asked: str, saga_id: int, target: SagaState, found: str) -> InvalidTransition | None:
@@ -122,7 +100,9 @@ def steps_in_the_way(db: Database, asked: str, saga_id: int, target: SagaState, 
         saga_id=saga_id,
         step_index=rows[0][0],
         found=found,
-        hint="End each first: finish_step(), fail_step(), compensate_step() or mark_step_compensated().",
+        hint="Settle each first: resolve_step(), or `sagalog resolve-step`."
+        if asked == "resolve"
+        else "End each first: finish_step(), fail_step(), compensate_step() or mark_step_compensated().",
     )
 
 

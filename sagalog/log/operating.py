@@ -13,7 +13,7 @@ from sagalog.errors import (
     StepNotFound,
 )
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.guarded import Decided, head_of, lock_saga, refused_by_saga, steps_in_the_way
+from sagalog.log.guarded import Decided, head_of, refused_by_saga, steps_in_the_way
 from sagalog.payload import check_saga_id, check_step, check_text, encode, printable
 from sagalog.states import (
     CANCELLABLE,
@@ -48,15 +48,15 @@ def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[Non
     asked = "resolve"
     check_saga_id(saga_id, asked)
     target = SagaState(_chosen(state, SETTLED, asked, saga_id))
-    _check_signed(note, actor, asked, saga_id)
+    check_signed(note, actor, asked, saga_id)
     sources = saga_sources(target, Actor.OPERATOR)
 
     def run(db: Database) -> None:
-        if target in OUTSTANDING:
-            lock_saga(db, asked, saga_id)
-        if db.write(db.sql.resolve(target), {"id_": saga_id, "at_": db.now()}) == 1:
+        statement, values = db.sql.resolve(target), {"id_": saga_id, "at_": db.now()}
+        guarded = target in OUTSTANDING
+        if (db.write_locked(statement, values, asked) if guarded else db.write(statement, values)) == 1:
             before = SagaState.FAILED_COMPENSATION
-            _write_audit(db, asked, saga_id, None, note, actor, before, target)
+            write_audit(db, asked, saga_id, None, note, actor, before, target)
             return
         rows = db.fetch(db.sql.saga_head, id_=saga_id)
         if not rows:
@@ -98,7 +98,7 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
     asked = "resolve_step"
     check_step(saga_id, step_index, asked)
     target = StepState(_chosen(state, STEP_SETTLED, asked, saga_id))
-    _check_signed(note, actor, asked, saga_id)
+    check_signed(note, actor, asked, saga_id)
     output = encode({"error": note}, asked, saga_id, step_index) if target is StepState.FAILED else None
 
     def run(db: Database) -> None:
@@ -108,7 +108,7 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
         done = db.write(db.sql.resolve_step(target), values)
         if done == 1:
             db.write(db.sql.raise_epoch, {"id_": saga_id})
-            _write_audit(db, asked, saga_id, step_index, note, actor, rows[0][1], target)
+            write_audit(db, asked, saga_id, step_index, note, actor, rows[0][1], target)
             return
         head = db.fetch(db.sql.saga_head, id_=saga_id)
         if not head:
@@ -148,7 +148,7 @@ def request_cancel(saga_id: int, reason: str, *, actor: str | None = None) -> Op
     check_saga_id(saga_id, asked)
     text = printable(reason)
     if actor is not None:
-        _check_signed(text, actor, asked, saga_id)
+        check_signed(text, actor, asked, saga_id)
 
     def explain(db: Database) -> SagaLogError | None:
         head = head_of(db, asked, saga_id)
@@ -175,7 +175,7 @@ def request_cancel(saga_id: int, reason: str, *, actor: str | None = None) -> Op
             # The row is locked by the write: nobody moved it since.
             after = SagaState(str(head_of(db, asked, saga_id)[1]))
             before = SagaState.SUBMITTED if after is SagaState.COMPENSATED else after
-            _write_audit(db, "cancel", saga_id, None, text, signed, before, after)
+            write_audit(db, "cancel", saga_id, None, text, signed, before, after)
 
     return Call(asked, Kind.SEVERAL, run, saga_id)
 
@@ -192,12 +192,13 @@ def _chosen(state: str, allowed: tuple[str, ...], asked: str, saga_id: int) -> s
     )
 
 
-def _check_signed(note: str, actor: str, asked: str, saga_id: int) -> None:
+def check_signed(note: str, actor: str, asked: str, saga_id: int | None) -> None:
+    """An action of an operator says why, and who."""
     check_text(note, "note", asked, saga_id)
     check_text(actor, "actor", asked, saga_id)
 
 
-def _write_audit(
+def write_audit(
     db: Database, action: str, saga_id: int, step_index: int | None, note: str, actor: str, before: str, after: str
 ) -> None:
     values = {

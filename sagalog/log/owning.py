@@ -129,16 +129,26 @@ def begin_saga(
         "deadline_": deadline_at,
         "trace_": trace_context,
     }
-    return Call(asked, Kind.INSERT, NewSaga(asked, values, _owned_statements).drawn)
+    new = NewSaga(asked, values, _owned_statements)
+    if executor_id is not None:
+        return Call(asked, Kind.INSERT, new.drawn)
+
+    def run(db: Database) -> Drawn:
+        drawn = new.drawn(db)
+        if db.on_postgres and drawn.created:
+            db.fetch(db.sql.executors.notify, channel_=db.sql.executors.channel)
+        return drawn
+
+    return Call(asked, Kind.SEVERAL, run)
 
 
 def _owned_statements(db: Database) -> SagaStatements:
     return db.sql.owned
 
 
-def mark_compensating(fence: Fence) -> Operation[None]:
-    """The saga is being undone."""
-    return _moved(fence, SagaState.COMPENSATING, _mark_compensating, None)
+def mark_compensating(fence: Fence, reason: str) -> Operation[None]:
+    """The saga is being undone, and why."""
+    return _moved(fence, SagaState.COMPENSATING, _mark_compensating, reason)
 
 
 def fail_compensation(fence: Fence, reason: str) -> Operation[None]:
@@ -218,11 +228,19 @@ def release(fence: Fence, executor_id: str, *, counted: bool) -> Operation[None]
     return Call("release", Kind.WRITE, run, fence.saga_id)
 
 
-def give_up(fence: Fence, step_index: int, error: str, deadline_at: int) -> Operation[None]:
-    """A handler outlived its timeout: its step is in doubt, and the saga is anybody's, while the thread hangs."""
+def give_up(fence: Fence, step_index: int | None = None, error: str = "", deadline_at: int = 0) -> Operation[None]:
+    """Whoever works on the saga here may not write to it any more, and it is anybody's.
+
+    Args:
+        fence: The owner.
+        step_index: The step whose handler outlived its timeout, while its thread hangs; None if there is none.
+        error: What is noted at it.
+        deadline_at: Until when something of its try may still be under way; Unix milliseconds.
+    """
 
     def run(db: Database) -> None:
-        _note(db, fence, step_index, error, deadline_at)
+        if step_index is not None:
+            _note(db, fence, step_index, error, deadline_at)
         db.write(db.sql.owned.give_up, {"id_": fence.saga_id, "epoch_": fence.epoch})
 
     return Call("give_up", Kind.SEVERAL, run, fence.saga_id, step_index)

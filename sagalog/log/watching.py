@@ -23,10 +23,7 @@ def executors() -> Operation[list[ExecutorRecord]]:
     """The processes that run sagas, and until when their leases hold; the lease that lasts longest first."""
 
     def run(db: Database) -> list[ExecutorRecord]:
-        rows = (
-            db.fetch(db.sql.executors_postgres) if db.on_postgres else db.fetch(db.sql.executors_sqlite, at_=db.now())
-        )
-        return [build(ExecutorRecord, fields_of(_EXECUTOR, row)) for row in rows]
+        return [build(ExecutorRecord, fields_of(_EXECUTOR, row)) for row in db.fetch(db.sql.all_executors)]
 
     return Call("executors", Kind.READ, run)
 

@@ -13,6 +13,8 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import BigInteger, ColumnElement, Executable, Integer, Text, bindparam, literal_column
 from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
 BIGINT = BigInteger()
@@ -91,3 +93,20 @@ def one_of(states: Iterable[str], of: Any) -> ColumnElement[bool]:
     """`of IN (...)`, in the order of the partial indexes' own predicates: a bound list would scan the table."""
     held: ColumnElement[bool] = of.in_([literal(state) for state in states])
     return held
+
+
+class DatabaseNow(FunctionElement[int]):
+    """The database's clock, in Unix milliseconds; not the moment at which a transaction began."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(DatabaseNow)
+def _on_sqlite(element: DatabaseNow, compiler: Any, **options: Any) -> str:
+    return "CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)"
+
+
+@compiles(DatabaseNow, "postgresql")
+def _on_postgres(element: DatabaseNow, compiler: Any, **options: Any) -> str:
+    return "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"

@@ -8,32 +8,13 @@ from __future__ import annotations
 from functools import cached_property, lru_cache
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, and_, delete, exists, func, literal_column, or_, select, update
-from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.sql.functions import FunctionElement
+from sqlalchemy import ColumnElement, and_, delete, exists, func, literal_column, or_, select, update
 
-from sagalog.log.statements.clause import Statement, bind, insert_into, literal, one_of
+from sagalog.log.statements.clause import DatabaseNow, Statement, bind, insert_into, literal, one_of
 from sagalog.log.statements.tables import Tables
 from sagalog.states import ATTENTION, UNRESOLVED, SagaState
 
 ENVIRONMENT = "environment"
-
-
-class _DatabaseNow(FunctionElement[int]):
-    """The database's clock, in Unix milliseconds; not the moment at which a transaction began."""
-
-    type = BigInteger()
-    inherit_cache = True
-
-
-@compiles(_DatabaseNow)
-def _on_sqlite(element: _DatabaseNow, compiler: Any, **options: Any) -> str:
-    return "CAST((julianday('now') - 2440587.5) * 86400000.0 AS INTEGER)"
-
-
-@compiles(_DatabaseNow, "postgresql")
-def _on_postgres(element: _DatabaseNow, compiler: Any, **options: Any) -> str:
-    return "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"
 
 
 class ExecutorStatements(Tables):
@@ -44,7 +25,7 @@ class ExecutorStatements(Tables):
     @cached_property
     def renew(self) -> Statement:
         """A lease until `lease_` milliseconds from now; a late one is kept as well."""
-        now = _DatabaseNow()
+        now = DatabaseNow()
         new = insert_into(self.executor).values(
             executor_id=bind("executor_"), label=bind("label_"), started_at=now, lease_until=now + bind("lease_")
         )
@@ -63,13 +44,13 @@ class ExecutorStatements(Tables):
             self.saga.c.executor_id == self.executor.c.executor_id, one_of(UNRESOLVED, self.saga.c.state)
         )
         return Statement(
-            delete(self.executor).where(self.executor.c.lease_until < _DatabaseNow() - bind("lease_"), ~exists(named))
+            delete(self.executor).where(self.executor.c.lease_until < DatabaseNow() - bind("lease_"), ~exists(named))
         )
 
     @property
     def _is_alive(self) -> ColumnElement[bool]:
         alive: Any = select(literal_column("1")).where(
-            self.executor.c.executor_id == self.saga.c.executor_id, self.executor.c.lease_until > _DatabaseNow()
+            self.executor.c.executor_id == self.saga.c.executor_id, self.executor.c.lease_until > DatabaseNow()
         )
         return exists(alive)
 
@@ -98,7 +79,7 @@ class ExecutorStatements(Tables):
         """Unresolved sagas whose executor is gone, fewest take-overs first."""
         c = self.saga.c
         return Statement(
-            select(c.saga_id, c.epoch, c.name, c.recoveries)
+            select(c.saga_id, c.epoch, c.name, c.recoveries, c.executor_id == bind("executor_"))
             .where(one_of(UNRESOLVED, c.state), self._is_free(adopt=adopt))
             .order_by(c.recoveries, c.saga_id)
             .limit(bind("limit_"))
@@ -130,20 +111,13 @@ class ExecutorStatements(Tables):
     def submitted(self) -> Statement:
         """Sagas that are to be started by now, oldest first."""
         c = self.saga.c
-        due = or_(c.run_at.is_(None), c.run_at <= _DatabaseNow())
+        due = or_(c.run_at.is_(None), c.run_at <= DatabaseNow())
         return Statement(
             select(c.saga_id, c.epoch, c.name)
             .where(c.state == literal(SagaState.SUBMITTED), one_of(ATTENTION, c.state), due)
             .order_by(c.saga_id)
             .limit(bind("limit_"))
         )
-
-    @cached_property
-    def next_run_at(self) -> Statement:
-        """Milliseconds until the next submitted saga is due; NULL if none waits for its time."""
-        c = self.saga.c
-        waits = and_(c.state == literal(SagaState.SUBMITTED), one_of(ATTENTION, c.state), c.run_at > _DatabaseNow())
-        return Statement(select(func.min(c.run_at) - _DatabaseNow()).where(waits))
 
     @cached_property
     def claim_submitted(self) -> Statement:
@@ -158,6 +132,17 @@ class ExecutorStatements(Tables):
                 deadline_at=bind("deadline_"),
             )
         )
+
+    @property
+    def channel(self) -> str:
+        """What submitted sagas are told on, to those that listen."""
+        schema = f"{self.placement.schema}." if self.placement.schema else ""
+        return f"sagalog.{schema}{self.placement.prefix}submitted"
+
+    @cached_property
+    def notify(self) -> Statement:
+        """A hint to workers on Postgres, with the transaction's commit; polling is the truth."""
+        return Statement(select(func.pg_notify(bind("channel_"), literal(""))))
 
     # Facts about the log
 
@@ -176,10 +161,10 @@ class ExecutorStatements(Tables):
 
     @cached_property
     def open_sagas(self) -> Statement:
-        """Every saga that a process could still act on."""
+        """Sagas that a process could still act on."""
         c = self.saga.c
         running = select(c.saga_id, c.epoch, c.state).where(one_of(UNRESOLVED, c.state))
         waiting = select(c.saga_id, c.epoch, c.state).where(
             c.state == literal(SagaState.SUBMITTED), one_of(ATTENTION, c.state)
         )
-        return Statement(running.union_all(waiting))
+        return Statement(running.union_all(waiting).limit(bind("limit_")))

@@ -50,6 +50,11 @@ class OwnedStatements(SagaStatements, StepStatements):
             "trace_context": bind("trace_"),
         }
 
+    @cached_property
+    def mark_compensating(self) -> Statement:
+        """With the reason, which recovery would not know."""
+        return Statement(self._move_saga(SagaState.COMPENSATING, failure_reason=bind("reason_"), terminal_at=null()))
+
     @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
     def complete(self, cancellable: bool) -> Statement:  # noqa: FBT001 - a cache key
         """`completed`, with the result; refused while a step is pending, or if a cancel was asked for."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import cached_property, reduce
 from operator import add
-from typing import Any
 
-from sqlalchemy import cast, extract, func, literal_column, select, true
+from sqlalchemy import cast, func, literal_column, select, true
 
-from sagalog.log.statements.clause import BIGINT, Statement, bind, one_of
+from sagalog.log.statements.clause import BIGINT, DatabaseNow, Statement, one_of
 from sagalog.log.statements.tables import Tables
 from sagalog.states import UNRESOLVED
 
@@ -16,25 +15,17 @@ from sagalog.states import UNRESOLVED
 class WatchingStatements(Tables):
     """Those of one placement."""
 
-    def _executors(self, now: Any) -> Statement:
+    @cached_property
+    def all_executors(self) -> Statement:
+        """The processes, what each holds, and the clock by which leases count."""
         c = self.executor.c
         held = (
             select(func.count())
             .select_from(self.saga)
             .where(self.saga.c.executor_id == c.executor_id, one_of(UNRESOLVED, self.saga.c.state))
         )
-        columns = (c.executor_id, c.label, c.started_at, c.lease_until, held.scalar_subquery(), now)
+        columns = (c.executor_id, c.label, c.started_at, c.lease_until, held.scalar_subquery(), DatabaseNow())
         return Statement(select(*columns).order_by(c.lease_until.desc(), c.executor_id))
-
-    @cached_property
-    def executors_sqlite(self) -> Statement:
-        return self._executors(bind("at_"))
-
-    @cached_property
-    def executors_postgres(self) -> Statement:
-        # Leases count by the server's clock.
-        seconds = extract("epoch", func.clock_timestamp())
-        return self._executors(cast(seconds * literal_column("1000"), BIGINT))
 
     @cached_property
     def size_sqlite(self) -> Statement:

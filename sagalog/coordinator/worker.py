@@ -1,0 +1,230 @@
+"""A worker: a part of the process that runs submitted sagas and recovers, beside whatever else the process does."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from sagalog.coordinator.core import Core, Job
+from sagalog.coordinator.effects import adrive, drive
+from sagalog.coordinator.listening import Listener, alisten
+from sagalog.errors import LeaseLost, SagaFailed, UnusableHandler
+from sagalog.log import owning
+
+if TYPE_CHECKING:
+    from sagalog.coordinator.shells import AsyncSagaCoordinator, SagaCoordinator
+
+_log = logging.getLogger("sagalog")
+
+
+class _Slots:
+    """What a worker is doing, and how it looks for more."""
+
+    def __init__(self, core: Core, concurrency: int, poll: float) -> None:
+        if concurrency < 1 or poll <= 0:
+            raise UnusableHandler("worker", f"concurrency={concurrency}, poll={poll}", hint="Both are above 0.")
+        self.core = core
+        self.concurrency = concurrency
+        self.poll = poll
+        self.busy: set[int] = set()
+
+    @property
+    def free(self) -> int:
+        return self.concurrency - len(self.busy)
+
+    def told(self, job: Job, error: BaseException) -> None:
+        """Note what a saga raised; the worker goes on."""
+        if isinstance(error, SagaFailed | LeaseLost):
+            _log.info("saga %s: %s", job.seen.saga_id, error)
+        else:
+            _log.error("saga %s (%s) raised", job.seen.saga_id, job.seen.name, exc_info=error)
+
+
+class Worker:
+    """Runs submitted sagas and recovers, in threads of this process. Made by `SagaCoordinator.worker`."""
+
+    def __init__(self, coordinator: SagaCoordinator, concurrency: int, poll: float) -> None:
+        self._coordinator = coordinator
+        self._slots = _Slots(coordinator._core, concurrency, poll)
+        self._wake = threading.Condition()
+        self._told = False
+        self._stopping = False
+        self._pid = 0
+        self._thread: threading.Thread | None = None
+        self._listener: Listener | None = None
+
+    def start(self) -> None:
+        """Begin; in a process that was forked since, begin there. Calling it again does nothing.
+
+        Raises:
+            WrongEnvironment: The log belongs to another environment.
+        """
+        if self._thread is not None and self._pid == os.getpid():
+            return
+        drive(self._slots.core.check_environment(), self._coordinator._perform)
+        self._pid, self._stopping = os.getpid(), False
+        self._slots.busy.clear()
+        self._wake = threading.Condition()
+        self._listener = Listener.on(self._coordinator.log, self.wake)
+        self._thread = threading.Thread(target=self._look, name="sagalog-worker", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look for work now."""
+        with self._wake:
+            self._told = True
+            self._wake.notify_all()
+
+    def shutdown(self, grace: float = 10.0) -> None:
+        """Take no more sagas, and wait for those under way; calling it again does nothing.
+
+        Args:
+            grace: Seconds to wait. What runs longer is given up: any other process may recover it at once, and
+                nothing that its thread does afterwards is written.
+        """
+        if self._thread is None or self._pid != os.getpid():
+            return
+        until = time.monotonic() + grace
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        self._thread.join()
+        self._thread = None
+        if self._listener is not None:
+            self._listener.close()
+        with self._wake:
+            while self._slots.busy and time.monotonic() < until:
+                self._wake.wait(until - time.monotonic())
+            left = list(self._slots.busy)
+        for saga_id in left:
+            fence = self._slots.core.executor.active.get(saga_id)
+            if fence is not None:
+                self._coordinator.log._bind.perform(owning.give_up(fence))
+        self._coordinator.close()
+
+    def __enter__(self) -> Worker:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _look(self) -> None:
+        while not self._stopping:
+            found: list[Job] = []
+            try:
+                if self._slots.free:
+                    found = drive(
+                        self._slots.core.find_work(self._slots.free, self._slots.busy), self._coordinator._perform
+                    )
+            except Exception:
+                _log.exception("looking for sagas failed; the worker goes on")
+            for job in found:
+                self._slots.busy.add(job.seen.saga_id)
+                threading.Thread(target=self._do, args=(job,), name="sagalog-saga", daemon=True).start()
+            with self._wake:
+                if not self._told and not self._stopping:
+                    self._wake.wait(self._slots.poll)
+                self._told = False
+
+    def _do(self, job: Job) -> None:
+        try:
+            drive(self._slots.core.do(job), self._coordinator._perform)
+        except BaseException as error:
+            self._slots.told(job, error)
+        finally:
+            with self._wake:
+                self._slots.busy.discard(job.seen.saga_id)
+                self._told = True
+                self._wake.notify_all()
+
+
+class AsyncWorker:
+    """The same in tasks of the running loop. Made by `AsyncSagaCoordinator.worker`."""
+
+    def __init__(self, coordinator: AsyncSagaCoordinator, concurrency: int, poll: float) -> None:
+        self._coordinator = coordinator
+        self._slots = _Slots(coordinator._core, concurrency, poll)
+        self._wake = asyncio.Event()
+        self._tasks: dict[int, asyncio.Task[Any]] = {}
+        self._looking: asyncio.Task[None] | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._stopping = False
+
+    async def start(self) -> None:
+        """See `Worker.start`."""
+        if self._looking is not None:
+            return
+        await adrive(self._slots.core.check_environment(), self._coordinator._perform)
+        self._stopping = False
+        self._wake = asyncio.Event()
+        self._listening = asyncio.create_task(alisten(self._coordinator.log, self.wake))
+        self._looking = asyncio.create_task(self._look())
+
+    def wake(self) -> None:
+        """Look for work now."""
+        self._wake.set()
+
+    async def shutdown(self, grace: float = 10.0) -> None:
+        """See `Worker.shutdown`; what runs longer is cancelled, and recovery decides."""
+        looking, self._looking = self._looking, None
+        if looking is None:
+            return
+        self._stopping = True
+        self.wake()
+        await looking
+        if self._listening is not None:
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
+        tasks = list(self._tasks.values())
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=grace)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        await self._coordinator.close()
+
+    async def __aenter__(self) -> AsyncWorker:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.shutdown()
+
+    async def _look(self) -> None:
+        slots = self._slots
+        while not self._stopping:
+            self._wake.clear()
+            found: list[Job] = []
+            try:
+                if slots.free:
+                    found = await adrive(slots.core.find_work(slots.free, slots.busy), self._coordinator._perform)
+            except Exception:
+                _log.exception("looking for sagas failed; the worker goes on")
+            for job in found:
+                slots.busy.add(job.seen.saga_id)
+                self._tasks[job.seen.saga_id] = asyncio.create_task(self._do(job))
+            try:
+                async with asyncio.timeout(slots.poll):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def _do(self, job: Job) -> None:
+        try:
+            await adrive(self._slots.core.do(job), self._coordinator._perform)
+        except Exception as error:
+            self._slots.told(job, error)
+        finally:
+            self._slots.busy.discard(job.seen.saga_id)
+            self._tasks.pop(job.seen.saga_id, None)
+            self.wake()

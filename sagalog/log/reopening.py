@@ -1,0 +1,88 @@
+"""What operators do to open sagas: give one back to recovery, or all of them to a person. Each action is audited."""
+
+from __future__ import annotations
+
+from sagalog.errors import InvalidTransition
+from sagalog.log.database import Call, Database, Kind, Operation
+from sagalog.log.guarded import head_of
+from sagalog.log.operating import check_signed, write_audit
+from sagalog.payload import check_saga_id, printable
+from sagalog.states import SagaState, StepState
+
+BATCH = 200
+
+
+def reopen(saga_id: int, target: SagaState, *, note: str, actor: str, again: bool) -> Operation[int]:
+    """Give a saga that needs a person back to recovery.
+
+    Args:
+        saga_id: The saga, in failed_compensation.
+        target: running, to go forward, or compensating, to be undone.
+        note: Why; it stays in the audit.
+        actor: Who says so.
+        again: Whether a step in doubt may be sent again under its key.
+
+    Returns:
+        The saga's new epoch.
+
+    Raises:
+        SagaNotFound: No such saga.
+        InvalidTransition: It is in another state, or a step is in doubt.
+    """
+    asked = "retry"
+    check_saga_id(saga_id, asked)
+    check_signed(note, actor, asked, saga_id)
+
+    def run(db: Database) -> int:
+        head = head_of(db, asked, saga_id)
+        found, epoch = str(head[1]), int(head[2] or 0)
+        pending = [i for i, s in db.fetch(db.sql.outstanding_steps, id_=saga_id) if s == StepState.PENDING]
+        if found == SagaState.FAILED_COMPENSATION and pending and not again:
+            raise InvalidTransition(
+                asked,
+                f"step {pending[0]} is in doubt",
+                saga_id=saga_id,
+                step_index=pending[0],
+                found=found,
+                hint=f"Find out what became of it, and say so: sagalog resolve-step {saga_id} {pending[0]}. "
+                "Or send it again under its key: --again.",
+            )
+        values = {"id_": saga_id, "epoch_": epoch, "state_": target.value}
+        if db.write(db.sql.owned.move_by_operator, values) != 1:
+            raise InvalidTransition(
+                asked,
+                f"the saga is {found!r}, and only one in 'failed_compensation' is tried again",
+                saga_id=saga_id,
+                found=found,
+                hint="recover() owns what is failed; what has ended stays.",
+            )
+        write_audit(db, asked, saga_id, None, note, actor, found, target)
+        return epoch + 1
+
+    return Call(asked, Kind.SEVERAL, run, saga_id)
+
+
+def quarantine_batch(*, note: str, actor: str) -> Operation[int]:
+    """Give open sagas to a person, some hundred in one transaction.
+
+    Args:
+        note: Why; it becomes the reason of each, and stays in the audit.
+        actor: Who says so.
+
+    Returns:
+        How many; 0 when none is open any more.
+    """
+    asked = "quarantine"
+    check_signed(note, actor, asked, None)
+    reason = f"quarantine: {printable(note)}"
+
+    def run(db: Database) -> int:
+        moved = 0
+        for saga_id, epoch, state in db.fetch(db.sql.executors.open_sagas, limit_=BATCH):
+            values = {"id_": saga_id, "epoch_": epoch, "reason_": reason, "at_": db.now()}
+            if db.write(db.sql.owned.to_quarantine, values) == 1:
+                write_audit(db, asked, saga_id, None, note, actor, state, SagaState.FAILED_COMPENSATION)
+                moved += 1
+        return moved
+
+    return Call(asked, Kind.SEVERAL, run)

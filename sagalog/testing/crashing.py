@@ -1,0 +1,382 @@
+"""`crash_points`: a saga stopped at every point at which it writes to the log or calls a handler, and recovered.
+
+A stopped coordinator does nothing any more, as a killed process would; its
+lease is made to have run out, and the time of what was under way to be over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from sqlalchemy import literal_column, select, update
+
+from sagalog.coordinator.effects import Effect, Invoke, Write
+from sagalog.coordinator.recover import RecoveryReport
+from sagalog.coordinator.shells import AsyncSagaCoordinator, SagaCoordinator
+from sagalog.log.database import Call, Database, Kind, Operation
+from sagalog.log.facade import AsyncSagaLog, SagaLog
+from sagalog.log.statements import Statement
+from sagalog.records import SagaRecord
+from sagalog.states import StepState
+
+Coordinator: TypeAlias = SagaCoordinator | AsyncSagaCoordinator
+_RECOVERIES = 2
+
+
+class Stopped(BaseException):
+    """The process is dead here. Not an Exception, so that no handler or saga catches it by accident."""
+
+
+@dataclass
+class Crash:
+    """One run of a saga, stopped at one point, and what recovery made of it.
+
+    Attributes:
+        points: Where it was stopped: in its first life, and in its recovery. Empty for the run that was not stopped.
+        stops: The same as numbers, to stop there again: ``crash_points(..., only=crash.stops)``.
+        log: The log, to look into.
+        coordinator: The one that recovered it.
+        reports: What each recovery reported.
+        sagas: The sagas in the log at the end.
+        result: What `start` returned, or the exception that it raised; None if it was stopped.
+    """
+
+    points: tuple[str, ...]
+    stops: tuple[int, ...]
+    log: Any
+    coordinator: Any = None
+    reports: list[RecoveryReport] = field(default_factory=list)
+    sagas: list[SagaRecord] = field(default_factory=list)
+    result: object = None
+
+    @property
+    def saga(self) -> SagaRecord | None:
+        """The saga, if the process lived long enough to write it."""
+        return self.sagas[0] if self.sagas else None
+
+    def __str__(self) -> str:
+        return f"stopped at {' and then at '.join(self.points)}" if self.points else "not stopped"
+
+
+class _Life:
+    """One process: it counts the points that it passes, and dies, or falls asleep, at one of them."""
+
+    def __init__(self, stop_at: int | None, *, repeat: bool, sleeps: bool) -> None:
+        self.stop_at = stop_at
+        self.repeat = repeat
+        self.sleeps = sleeps
+        self.point: str | None = None
+        self.asleep = threading.Event()
+        self.awake = threading.Event()
+        self.asleep_in_loop = asyncio.Event()
+        self.awake_in_loop = asyncio.Event()
+        self._count = 0
+        self._dead = False
+        self._lock = threading.Lock()
+
+    def _is_stop(self, label: str) -> bool:
+        with self._lock:
+            if self._dead:
+                raise Stopped
+            number, self._count = self._count, self._count + 1
+            if number != self.stop_at:
+                return False
+            self.point = label
+            self._dead = not self.sleeps
+            return True
+
+    def __call__(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Any]) -> Any:
+        label = _label(effect)
+        if label is None:
+            return answer(effect)
+        self._pass(f"before {label}")
+        given = answer(effect)
+        if self._repeats(effect):
+            given = answer(effect)
+        self._pass(f"after {label}")
+        return given
+
+    async def in_loop(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Awaitable[Any]]) -> Any:
+        """The same for an async coordinator."""
+        label = _label(effect)
+        if label is None:
+            return await answer(effect)
+        await self._apass(f"before {label}")
+        given = await answer(effect)
+        if self._repeats(effect):
+            given = await answer(effect)
+        await self._apass(f"after {label}")
+        return given
+
+    def _repeats(self, effect: Effect[Any]) -> bool:
+        return self.repeat and isinstance(effect, Invoke) and not effect.handler.transactional
+
+    def _pass(self, label: str) -> None:
+        if self._is_stop(label):
+            self.asleep.set()
+            if not self.sleeps:
+                raise Stopped
+            self.awake.wait()
+
+    async def _apass(self, label: str) -> None:
+        if self._is_stop(label):
+            self.asleep_in_loop.set()
+            if not self.sleeps:
+                raise Stopped
+            await self.awake_in_loop.wait()
+
+
+def _label(effect: Effect[Any]) -> str | None:
+    """What a point is called; None for what is none: a read, or the lease."""
+    if isinstance(effect, Invoke):
+        undo = "" if effect.info.compensates is None else " (an undo)"
+        return f"calling {effect.handler.name} of step {effect.info.step_index}{undo}"
+    assert isinstance(effect, Write)
+    operation = effect.operation
+    if operation.kind is Kind.READ or operation.asked in _NOT_THE_SAGAS:
+        return None
+    step = "" if operation.step_index is None else f" of step {operation.step_index}"
+    return f"writing {operation.asked}{step}"
+
+
+_NOT_THE_SAGAS = ("renew", "retire", "forget_dead", "environment")
+
+
+def crash_points(
+    build: Callable[[Any], Coordinator],
+    start: Callable[[Any], Any],
+    *,
+    open_log: Callable[[], Any] | None = None,
+    repeat: bool = False,
+    zombie: bool = False,
+    again: bool = False,
+    only: tuple[int, ...] | None = None,
+) -> CrashPoints:
+    """Run a saga once for every point at which it could be stopped, stop it there, recover it, and hand it over.
+
+    ::
+
+        for crash in crash_points(build, lambda coordinator: coordinator.run(place_order, order)):
+            assert crash.saga is None or crash.saga.state in ("completed", "compensated"), crash
+
+    With an AsyncSagaCoordinator it is ``async for``.
+
+    Args:
+        build: Makes a coordinator over the log that it is given, as a new process would; also what the handlers
+            work on, if that is to be new for each run. The second one of a run recovers.
+        start: Starts the saga on a coordinator: `run`, or whatever leads to it.
+        open_log: Opens an empty log for each run; one in memory, if none is given.
+        repeat: Every handler and every undo is called twice, as a request that is delivered twice.
+        zombie: The process is not killed but falls asleep; it wakes up after the recovery.
+        again: The recovery is stopped as well, at each of its points, and recovered again.
+        only: Only the run with these stops; see `Crash.stops`.
+
+    Returns:
+        An iterable, sync or async, of `Crash`; the last is the run that was not stopped.
+    """
+    return CrashPoints(build, start, open_log, repeat=repeat, zombie=zombie, again=again, only=only)
+
+
+class CrashPoints:
+    """See `crash_points`."""
+
+    def __init__(
+        self,
+        build: Callable[[Any], Coordinator],
+        start: Callable[[Any], Any],
+        open_log: Callable[[], Any] | None,
+        *,
+        repeat: bool,
+        zombie: bool,
+        again: bool,
+        only: tuple[int, ...] | None,
+    ) -> None:
+        self._build = build
+        self._start = start
+        self._open_log = open_log
+        self._repeat = repeat
+        self._zombie = zombie
+        self._again = again
+        self._only = only
+
+    def _life(self, stop_at: int | None, *, sleeps: bool = False) -> _Life:
+        return _Life(stop_at, repeat=self._repeat, sleeps=sleeps)
+
+    def __iter__(self) -> Iterator[Crash]:
+        plans = _plans(self._again, self._only)
+        stops = next(plans)
+        while stops is not None:
+            crash = self._lived(stops)
+            try:
+                yield crash
+            finally:
+                crash.log.close()
+            stops = plans.send(crash)
+
+    async def __aiter__(self) -> AsyncIterator[Crash]:
+        plans = _plans(self._again, self._only)
+        stops = next(plans)
+        while stops is not None:
+            crash = await self._alived(stops)
+            try:
+                yield crash
+            finally:
+                await crash.log.close()
+            stops = plans.send(crash)
+
+    # Synchronous
+
+    def _lived(self, stops: tuple[int, ...]) -> Crash:
+        log = (self._open_log or SagaLog.open_in_memory)()
+        first = self._life(stops[0], sleeps=self._zombie)
+        coordinator = self._build(log)
+        result: list[object] = []
+        process = threading.Thread(target=self._live, args=(coordinator, first, result), daemon=True)
+        process.start()
+        first.asleep.wait()
+        if not self._zombie:
+            process.join()
+        points = [first.point]
+        reports: list[RecoveryReport] = []
+        last: Any = coordinator
+        for stop_at in (*stops[1:], *[None] * _RECOVERIES):
+            self._die(log, last)
+            if first.point is None:
+                break
+            last = self._build(log)
+            life = last.interpose = self._life(stop_at)
+            try:
+                reports.append(last.recover())
+            except Stopped:
+                points.append(life.point)
+        first.awake.set()
+        process.join()
+        last.close()
+        return _crash(log, last, points, stops, reports, [log.get(found) for found in _ids(log)], result)
+
+    def _live(self, coordinator: Any, life: _Life, result: list[object]) -> None:
+        coordinator.interpose = life
+        try:
+            result.append(self._start(coordinator))
+        except Stopped:
+            pass
+        except Exception as error:
+            result.append(error)
+        finally:
+            life.asleep.set()
+
+    def _die(self, log: Any, coordinator: Any) -> None:
+        coordinator._core.executor.stop()
+        log._bind.perform(_time_passes())
+
+    # Asynchronous
+
+    async def _alived(self, stops: tuple[int, ...]) -> Crash:
+        log = self._open_log() if self._open_log is not None else AsyncSagaLog.open_in_memory()
+        log = await log if inspect.isawaitable(log) else log
+        first = self._life(stops[0], sleeps=self._zombie)
+        coordinator = self._build(log)
+        result: list[object] = []
+        process = asyncio.ensure_future(self._alive(coordinator, first, result))
+        await first.asleep_in_loop.wait()
+        if not self._zombie:
+            await process
+        points = [first.point]
+        reports: list[RecoveryReport] = []
+        last: Any = coordinator
+        for stop_at in (*stops[1:], *[None] * _RECOVERIES):
+            await self._adie(log, last)
+            if first.point is None:
+                break
+            last = self._build(log)
+            life = self._life(stop_at)
+            last.interpose = life.in_loop
+            try:
+                reports.append(await last.recover())
+            except Stopped:
+                points.append(life.point)
+        first.awake_in_loop.set()
+        await process
+        await last.close()
+        sagas = [await log.get(saga_id) for saga_id in await log._bind.perform(_all_ids())]
+        return _crash(log, last, points, stops, reports, sagas, result)
+
+    async def _alive(self, coordinator: Any, life: _Life, result: list[object]) -> None:
+        coordinator.interpose = life.in_loop
+        try:
+            result.append(await self._start(coordinator))
+        except Stopped:
+            pass
+        except Exception as error:
+            result.append(error)
+        finally:
+            life.asleep_in_loop.set()
+
+    async def _adie(self, log: Any, coordinator: Any) -> None:
+        await asyncio.to_thread(coordinator._core.executor.stop)
+        await log._bind.perform(_time_passes())
+
+
+def _plans(again: bool, only: tuple[int, ...] | None) -> Any:  # noqa: FBT001 - private
+    """Which stops to try next, told of how the last run went; None when there is nothing more."""
+    if only is not None:
+        yield only
+        yield None
+        return
+    first = 0
+    while True:
+        crash = yield (first,)
+        stopped = bool(crash.points)
+        second = 0
+        while again and stopped:
+            crash = yield (first, second)
+            if len(crash.points) < 2:
+                break
+            second += 1
+        if not stopped:
+            yield None
+            return
+        first += 1
+
+
+def _crash(
+    log: Any,
+    coordinator: Any,
+    points: list[str | None],
+    stops: tuple[int, ...],
+    reports: list[RecoveryReport],
+    sagas: list[SagaRecord],
+    result: list[object],
+) -> Crash:
+    named = tuple(point for point in points if point is not None)
+    return Crash(named, stops[: len(named)], log, coordinator, reports, sagas, result[0] if result else None)
+
+
+def _ids(log: Any) -> list[int]:
+    found: list[int] = log._bind.perform(_all_ids())
+    return found
+
+
+def _all_ids() -> Operation[list[int]]:
+    def run(db: Database) -> list[int]:
+        statement = Statement(select(db.sql.saga.c.saga_id).order_by(db.sql.saga.c.saga_id))
+        return [row[0] for row in db.fetch(statement)]
+
+    return Call("crash_points", Kind.READ, run)
+
+
+def _time_passes() -> Operation[None]:
+    """Every lease has run out, and nothing of what was tried can be under way any more."""
+
+    def run(db: Database) -> None:
+        zero: Any = literal_column("0")
+        db.write(Statement(update(db.sql.executor).values(lease_until=zero)), {})
+        pending = db.sql.step.c.state == literal_column(f"'{StepState.PENDING}'")
+        db.write(Statement(update(db.sql.step).where(pending).values(deadline_at=zero)), {})
+
+    return Call("crash_points", Kind.SEVERAL, run)

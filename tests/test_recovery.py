@@ -1,0 +1,379 @@
+"""After a crash: what recovery takes, what it leaves and says, and what it never guesses."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from sagalog import CommandBus, Retry, SagaFailed, StepRejected, WrongEnvironment
+from tests.coordinating import Charge, Killed, Order, Reserve, Shop, Stage
+
+NO_WAIT = Retry(attempts=1, initial=0)
+
+
+def dies(ctx: Any) -> None:
+    raise Killed
+
+
+def placing(coordinator: Any, then: Any = None, **options: Any) -> None:
+    @coordinator.saga("place_order", **options)
+    def place_order(ctx: Any, order: Order) -> int:
+        ctx.dispatch(Reserve(sku=order.sku))
+        charged = ctx.dispatch(Charge(amount=order.amount))
+        if then is not None:
+            then(ctx)
+        return int(charged.amount)
+
+
+def left_behind(stage: Stage, shop_trouble: Any = None, then: Any = dies, **options: Any) -> int:
+    """A saga whose process died after its two steps, or where `shop_trouble` says."""
+    coordinator = stage.coordinator(**options)
+    placing(coordinator, then)
+    with pytest.raises(Killed):
+        coordinator.run("place_order", Order())
+    saga_id: int = stage.log.max_saga_id()
+    return saga_id
+
+
+def recoverer(stage: Stage, then: Any = None, bus: CommandBus | None = None, **options: Any) -> Any:
+    version = options.pop("version", 1)
+    resumes = options.pop("resumes", ())
+    coordinator = stage.coordinator(bus, **options)
+    placing(coordinator, then, version=version, resumes=resumes)
+    return coordinator
+
+
+def test_what_stops_a_process_undoes_nothing_and_recovery_does(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    saga_id = left_behind(stage)
+    assert stage.log.get(saga_id).state == "running"
+    assert shop.calls == ["reserve", "charge"]
+    report = recoverer(stage).recover()
+    assert (report.compensated, report.left, report.errors) == ([saga_id], [], {})
+    assert shop.calls == ["reserve", "charge", "refund", "release"]
+    record = stage.log.get(saga_id)
+    assert (record.state, record.recoveries, record.epoch) == ("compensated", 1, 2)
+    assert recoverer(stage).recover().resolved == 0
+
+
+def test_recovery_keeps_the_reason_of_an_unwinding_that_was_cut_off(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("refund", Killed())
+    coordinator = stage.coordinator()
+    placing(coordinator, lambda ctx: ctx.dispatch("nonsense"))
+    with pytest.raises(Killed):
+        coordinator.run("place_order", Order())
+    recoverer(stage).recover()
+    record = stage.log.get(stage.log.max_saga_id())
+    assert record.state == "compensated"
+    assert "no handler takes it" in record.failure_reason
+    assert shop.calls == ["reserve", "charge", "refund", "refund", "release"]
+    assert len(shop.keys["refund"]) == 1
+
+
+def test_resume_answers_what_is_recorded_and_goes_on(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    saga_id = left_behind(stage)
+    report = recoverer(stage, on_crash="resume").recover()
+    assert report.completed == [saga_id]
+    assert shop.calls == ["reserve", "charge"]
+    assert stage.log.get(saga_id).result == 7
+
+
+def test_resume_raises_a_recorded_refusal_again(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("charge", StepRejected("declined"))
+    reasons: list[str] = []
+    lives = iter([Killed(), None])
+
+    def careful(coordinator: Any) -> None:
+        @coordinator.saga("place_order")
+        def place_order(ctx: Any, order: Order) -> str:
+            ctx.dispatch(Reserve(sku=order.sku))
+            try:
+                ctx.dispatch(Charge(amount=1))
+            except Exception as error:
+                reasons.append(f"{error.kind} {error.reason}")  # type: ignore[attr-defined]
+            died = next(lives)
+            if died is not None:
+                raise died
+            return "without paying"
+
+    first = stage.coordinator()
+    careful(first)
+    with pytest.raises(Killed):
+        first.run("place_order", Order())
+    second = stage.coordinator(on_crash="resume")
+    careful(second)
+    assert len(second.recover().completed) == 1
+    assert reasons == ["failed declined"] * 2
+    assert shop.calls == ["reserve", "charge"]
+
+
+def test_a_function_that_differs_from_the_log_is_undone_and_never_guessed_over(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    saga_id = left_behind(stage)
+    coordinator = stage.coordinator(on_crash="resume")
+
+    @coordinator.saga("place_order")
+    def place_order(ctx: Any, order: Order) -> None:
+        ctx.dispatch(Reserve(sku="another"))
+
+    assert coordinator.recover().compensated == [saga_id]
+    assert "holds another command" in stage.log.get(saga_id).failure_reason
+    assert shop.calls == ["reserve", "charge", "refund", "release"]
+
+
+def test_a_function_that_asks_for_less_than_the_log_holds_is_undone(stage: Stage) -> None:
+    Shop(stage.bus)
+    saga_id = left_behind(stage)
+    coordinator = stage.coordinator(on_crash="resume")
+
+    @coordinator.saga("place_order")
+    def place_order(ctx: Any, order: Order) -> None:
+        ctx.dispatch(Reserve(sku=order.sku))
+
+    assert coordinator.recover().compensated == [saga_id]
+    assert "did not ask for again" in stage.log.get(saga_id).failure_reason
+
+
+@pytest.mark.parametrize(("resumes", "outcome"), [((), "compensated"), ((1,), "completed")])
+def test_only_named_versions_are_resumed_and_all_are_undone(stage: Stage, resumes: Any, outcome: str) -> None:
+    Shop(stage.bus)
+    saga_id = left_behind(stage)
+    recoverer(stage, on_crash="resume", version=2, resumes=resumes).recover()
+    assert stage.log.get(saga_id).state == outcome
+
+
+def test_after_a_pivot_recovery_goes_forward_whatever_on_crash_says(stage: Stage) -> None:
+    shop = Shop(stage.bus, pivot=True)
+    saga_id = left_behind(stage)
+    assert recoverer(stage, on_crash="compensate").recover().completed == [saga_id]
+    assert shop.calls == ["reserve", "charge"]
+
+
+def test_after_a_pivot_a_difference_goes_to_a_person(stage: Stage) -> None:
+    shop = Shop(stage.bus, pivot=True)
+    saga_id = left_behind(stage)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("place_order")
+    def place_order(ctx: Any, order: Order) -> None:
+        ctx.dispatch(Reserve(sku="another"))
+
+    assert list(coordinator.recover().failed_compensation) == [saga_id]
+    assert shop.calls == ["reserve", "charge"]
+
+
+def test_a_step_in_doubt_whose_handler_is_not_repeatable_goes_to_a_person(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("charge", Killed())
+    saga_id = left_behind(stage)
+    report = recoverer(stage).recover()
+    assert "step 1 (Charge) is in doubt" in report.failed_compensation[saga_id]
+    assert shop.calls == ["reserve", "charge"]
+
+
+def test_a_step_in_doubt_is_tried_again_under_its_key_before_it_is_undone(stage: Stage) -> None:
+    shop = Shop(stage.bus, retry=NO_WAIT)
+    shop.fails("charge", Killed())
+    saga_id = left_behind(stage)
+    assert recoverer(stage).recover().compensated == [saga_id]
+    assert shop.calls == ["reserve", "charge", "charge", "refund", "release"]
+    assert len(shop.keys["charge"]) == 1
+
+
+def test_a_step_whose_first_try_is_too_old_is_not_tried_again(stage: Stage) -> None:
+    shop = Shop(stage.bus, retry=Retry(attempts=3, initial=0, within=timedelta(hours=1)))
+    shop.fails("charge", Killed())
+    saga_id = left_behind(stage)
+    stage.sql("UPDATE saga_step SET started_at = started_at - 3700000")
+    assert list(recoverer(stage).recover().failed_compensation) == [saga_id]
+    assert shop.calls == ["reserve", "charge"]
+
+
+def test_a_step_in_doubt_is_not_undone_before_its_deadline(stage: Stage) -> None:
+    shop = Shop(stage.bus, on_unknown="compensate", timeout=60)
+    shop.fails("charge", Killed())
+    saga_id = left_behind(stage)
+    coordinator = recoverer(stage)
+    (left,) = coordinator.recover().left
+    assert (left.saga_id, left.reason) == (saga_id, "step 1 (Charge) may still be under way")
+    assert left.until is not None
+    assert left.until > datetime.now(UTC).timestamp() * 1000 + 50_000
+    assert shop.calls == ["reserve", "charge"]
+    assert stage.log.get(saga_id).recoveries == 0
+    stage.sql("UPDATE saga_step SET deadline_at = 0 WHERE state = 'pending'")
+    assert recoverer(stage).recover().compensated == [saga_id]
+    assert shop.calls == ["reserve", "charge", "refund", "release"]
+
+
+def test_a_saga_that_nobody_here_knows_is_left_and_reported(stage: Stage) -> None:
+    Shop(stage.bus)
+    saga_id = left_behind(stage)
+    stranger = stage.coordinator(CommandBus())
+    (left,) = stranger.recover().left
+    assert (left.saga_id, left.name) == (saga_id, "place_order")
+    assert stage.log.get(saga_id).epoch == 1
+    assert recoverer(stage).recover().compensated == [saga_id]
+
+
+def test_a_command_that_nobody_here_knows_is_left_before_anything_is_undone(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    saga_id = left_behind(stage)
+    partial = CommandBus()
+    partial.handler(shop.charge)
+    partial.handler(shop.refund)
+    partial.compensation(Charge)(shop.refund_of)
+    (left,) = recoverer(stage, bus=partial).recover().left
+    assert "no handler here takes the command 'Reserve'" in left.reason
+    assert shop.calls == ["reserve", "charge"]
+    assert recoverer(stage).recover().compensated == [saga_id]
+
+
+def test_a_saga_of_the_log_alone_is_left_unless_it_is_adopted(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    stage.log.start_saga(9, "place_order", Order())
+    stage.log.start_step(9, 0, "Reserve", Reserve(sku="book"))
+    stage.log.finish_step(9, 0, [{"sku": "book"}])
+    coordinator = recoverer(stage)
+    (left,) = coordinator.recover().left
+    assert (left.saga_id, stage.log.get(9).state) == (9, "running")
+    assert coordinator.recover(adopt=True).compensated == [9]
+    assert shop.calls == ["release"]
+
+
+def test_a_saga_that_is_taken_over_too_often_goes_to_a_person(stage: Stage) -> None:
+    Shop(stage.bus)
+    saga_id = left_behind(stage)
+    stage.sql("UPDATE saga SET recoveries = 3")
+    report = recoverer(stage, max_recoveries=3).recover()
+    assert "taken over 4 times" in report.failed_compensation[saga_id]
+
+
+def test_one_saga_that_breaks_recovery_does_not_hold_up_the_others(stage: Stage) -> None:
+    Shop(stage.bus)
+    first, second = left_behind(stage), left_behind(stage)
+    stage.sql("UPDATE saga_step SET cmd_json = '{broken' WHERE saga_id = :id AND step_index = 1", id=first)
+    report = recoverer(stage).recover()
+    assert report.compensated == [second]
+    assert first in {**report.errors, **report.failed_compensation}
+    assert first not in report.completed
+
+
+def test_a_limit_takes_the_sagas_with_the_fewest_take_overs_first(stage: Stage) -> None:
+    Shop(stage.bus)
+    often, seldom = left_behind(stage), left_behind(stage)
+    stage.sql("UPDATE saga SET recoveries = 2 WHERE saga_id = :id", id=often)
+    assert recoverer(stage).recover(limit=1).compensated == [seldom]
+    assert stage.log.get(often).state == "running"
+
+
+def test_a_cancel_that_was_asked_for_before_the_crash_is_heard(stage: Stage) -> None:
+    Shop(stage.bus)
+    saga_id = left_behind(stage)
+    stage.log.request_cancel(saga_id, "the customer left")
+    assert recoverer(stage, on_crash="resume").recover().compensated == [saga_id]
+    assert "the customer left" in stage.log.get(saga_id).failure_reason
+
+
+def test_the_sagas_of_a_living_process_are_not_taken(stage: Stage) -> None:
+    Shop(stage.bus)
+    taken: list[Any] = []
+    other = recoverer(stage)
+    coordinator = stage.coordinator()
+    placing(coordinator, lambda ctx: taken.append(other.recover()))
+    assert coordinator.run("place_order", Order()) == 7
+    assert taken[0].resolved == 0
+    assert taken[0].left == []
+
+
+def test_a_lease_that_ran_out_is_taken_over_and_the_old_owner_writes_nothing_more(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    other = recoverer(stage)
+    coordinator = stage.coordinator()
+    states: list[str] = []
+
+    def overtaken(ctx: Any) -> None:
+        stage.sql("UPDATE saga_executor SET lease_until = 0")
+        states.extend(stage.log.get(saga_id).state for saga_id in other.recover().compensated)
+        ctx.dispatch(Reserve(sku="late"))
+
+    placing(coordinator, overtaken)
+    with pytest.raises(Exception, match="taken over") as lost:
+        coordinator.run("place_order", Order())
+    assert lost.value.code == "lease_lost"  # type: ignore[attr-defined]
+    assert states == ["compensated"]
+    assert shop.calls == ["reserve", "charge", "refund", "release"]
+    assert len(stage.log.get(stage.log.max_saga_id()).steps) == 4
+
+
+def test_a_lease_that_lapsed_and_was_not_taken_is_kept(stage: Stage) -> None:
+    Shop(stage.bus)
+    coordinator = stage.coordinator()
+    placing(coordinator, lambda ctx: stage.sql("UPDATE saga_executor SET lease_until = 0"))
+    assert coordinator.run("place_order", Order()) == 7
+
+
+def test_a_coordinator_of_another_environment_does_not_recover(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    saga_id = left_behind(stage)
+    production = recoverer(stage, environment="production")
+    assert production.recover(limit=0).resolved == 0
+    for environment in ("staging", None):
+        with pytest.raises(WrongEnvironment, match="production"):
+            recoverer(stage, environment=environment).recover()
+    assert (stage.log.get(saga_id).state, shop.calls) == ("running", ["reserve", "charge"])
+    assert production.recover().compensated == [saga_id]
+
+
+def test_a_quarantined_log_leaves_every_open_saga_to_a_person(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    saga_id = left_behind(stage)
+    waiting = recoverer(stage).submit("place_order", Order())
+    assert stage.log.quarantine(note="restored backup", actor="ann") == 2
+    assert recoverer(stage).recover().resolved == 0
+    for each in (saga_id, waiting):
+        record = stage.log.get(each)
+        assert (record.state, record.failure_reason) == ("failed_compensation", "quarantine: restored backup")
+        assert [row.action for row in stage.log.audit(each)] == ["quarantine"]
+    assert shop.calls == ["reserve", "charge"]
+
+
+def test_a_failed_saga_is_undone_by_the_next_recovery(stage: Stage) -> None:
+    Shop(stage.bus)
+    saga_id = left_behind(stage)
+    stage.sql("UPDATE saga SET state = 'failed', failure_reason = 'an earlier program gave up'")
+    assert recoverer(stage).recover().compensated == [saga_id]
+    assert stage.log.get(saga_id).failure_reason == "an earlier program gave up"
+
+
+class Stored(BaseModel):
+    amount: int
+
+
+def test_what_a_key_recorded_is_read_back_as_the_function_returned_it(stage: Stage) -> None:
+    Shop(stage.bus)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("place_order")
+    def place_order(ctx: Any, order: Order) -> Stored:
+        return Stored(amount=order.amount)
+
+    assert coordinator.run("place_order", Order(), key="k") == Stored(amount=7)
+    assert coordinator.run("place_order", Order(), key="k") == Stored(amount=7)
+
+
+def test_a_saga_that_failed_is_told_to_who_waits_for_it(stage: Stage) -> None:
+    Shop(stage.bus)
+    saga_id = left_behind(stage)
+    coordinator = recoverer(stage)
+    with pytest.raises(TimeoutError):
+        coordinator.wait(saga_id, timeout=0.01)
+    coordinator.recover()
+    with pytest.raises(SagaFailed) as failure:
+        coordinator.wait(saga_id, timeout=10)
+    assert failure.value.outcome == "compensated"

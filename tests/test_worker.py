@@ -1,0 +1,285 @@
+"""Sagas submitted in a caller's transaction and run by a worker; transactional handlers; processes that end."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from sagalog import AsyncSagaCoordinator as AsyncCoordinator
+from sagalog import AsyncSagaLog, CommandBus, KeyConflict, SagaFailed, SagaLog, UnusableBind
+from sagalog import SagaCoordinator as Coordinator
+from tests.coordinating import Order, Reserve, Shop, Stage
+
+
+def ordering(coordinator: Any, then: Any = None, **options: Any) -> None:
+    @coordinator.saga("place_order", **options)
+    def place_order(ctx: Any, order: Order) -> int:
+        ctx.dispatch(Reserve(sku=order.sku))
+        if then is not None:
+            then(ctx)
+        return order.amount
+
+
+class Sessions:
+    """A caller's own transaction, sync or async, on the stage's database."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._drivers = {"sqlite": ("sqlite", "sqlite+aiosqlite"), "postgresql": ("+psycopg", "+asyncpg")}
+
+    @contextmanager
+    def begin(self) -> Any:
+        """The session to submit in; committed at the end, rolled back by an exception."""
+        stage = self._stage
+        if not stage.asynchronous:
+            engine = create_engine(stage.url)
+            try:
+                with Session(engine) as session, session.begin():
+                    yield session
+            finally:
+                engine.dispose()
+            return
+        backend = stage.url.split(":")[0].split("+")[0]
+        other = create_async_engine(stage.url.replace(*self._drivers[backend], 1))
+        session = AsyncSession(other)
+        try:
+            yield session
+            stage.wait(session.commit())
+        finally:
+            stage.wait(session.close())
+            stage.wait(other.dispose())
+
+
+# Submitting
+
+
+def test_a_submitted_saga_is_run_by_a_worker_and_its_result_waited_for(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    coordinator = stage.coordinator()
+    ordering(coordinator)
+    saga_id = coordinator.submit("place_order", Order(amount=5))
+    record = stage.log.get(saga_id)
+    assert (record.state, record.executor_id, record.epoch) == ("submitted", None, 0)
+    with coordinator.worker(poll=0.05):
+        assert coordinator.wait(saga_id, timeout=30) == 5
+    assert shop.calls == ["reserve"]
+    assert stage.log.get(saga_id).epoch == 1
+
+
+def test_a_submitted_saga_lives_and_dies_with_the_callers_transaction(stage: Stage) -> None:
+    Shop(stage.bus)
+    coordinator = stage.coordinator()
+    ordering(coordinator)
+    sessions = Sessions(stage)
+    with pytest.raises(ZeroDivisionError), sessions.begin() as session:
+        coordinator.submit("place_order", Order(), session=session)
+        raise ZeroDivisionError
+    assert stage.log.max_saga_id() == 0
+    with sessions.begin() as session:
+        saga_id = coordinator.submit("place_order", Order(), session=session)
+    assert stage.log.get(saga_id).state == "submitted"
+
+
+def test_a_submitted_key_is_taken_once(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    coordinator = stage.coordinator()
+    ordering(coordinator)
+    first = coordinator.submit("place_order", Order(), key="order-1")
+    assert coordinator.submit("place_order", Order(), key="order-1") == first
+    with pytest.raises(KeyConflict):
+        coordinator.submit("place_order", Order(amount=1), key="order-1")
+    with coordinator.worker(poll=0.05):
+        coordinator.wait(first, timeout=30)
+    assert coordinator.run("place_order", Order(), key="order-1") == 7
+    assert shop.calls == ["reserve"]
+
+
+def test_a_saga_for_later_is_not_started_before(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    coordinator = stage.coordinator()
+    ordering(coordinator)
+    later = coordinator.submit("place_order", Order(), run_at=datetime.now(UTC) + timedelta(hours=1))
+    now = coordinator.submit("place_order", Order())
+    with coordinator.worker(poll=0.05):
+        coordinator.wait(now, timeout=30)
+        assert stage.log.get(later).state == "submitted"
+        stage.sql("UPDATE saga SET run_at = 1 WHERE saga_id = :id", id=later)
+        coordinator.wait(later, timeout=30)
+    assert shop.calls == ["reserve", "reserve"]
+
+
+def test_a_cancelled_submission_never_runs(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    coordinator = stage.coordinator()
+    ordering(coordinator)
+    saga_id = coordinator.submit("place_order", Order())
+    stage.log.request_cancel(saga_id, "changed my mind")
+    with coordinator.worker(poll=0.05):
+        with pytest.raises(SagaFailed, match="changed my mind"):
+            coordinator.wait(saga_id, timeout=30)
+        coordinator.wait(coordinator.submit("place_order", Order()), timeout=30)
+    assert shop.calls == ["reserve"]
+
+
+def test_a_worker_recovers_what_another_process_left(stage: Stage) -> None:
+    class Died(BaseException):
+        pass
+
+    shop = Shop(stage.bus)
+    shop.fails("reserve", None, Died())
+    dying = stage.coordinator()
+    ordering(dying, lambda ctx: ctx.dispatch(Reserve(sku="another")))
+    with pytest.raises(Died):
+        dying.run("place_order", Order())
+    stage.sql("UPDATE saga_step SET state = 'failed', output_json = '{}' WHERE state = 'pending'")
+    coordinator = stage.coordinator()
+    ordering(coordinator)
+    with coordinator.worker(poll=0.05), pytest.raises(SagaFailed) as failure:
+        coordinator.wait(stage.log.max_saga_id(), timeout=30)
+    assert failure.value.outcome == "compensated"
+    assert shop.calls == ["reserve", "reserve", "release"]
+
+
+def test_a_worker_runs_no_more_sagas_at_a_time_than_it_was_told(stage: Stage) -> None:
+    Shop(stage.bus)
+    coordinator = stage.coordinator()
+    running, most, lock = 0, 0, threading.Lock()
+
+    def counted(ctx: Any) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        stage.log.get(ctx.saga_id)
+        with lock:
+            running -= 1
+
+    ordering(coordinator, counted)
+    sagas = [coordinator.submit("place_order", Order(amount=n)) for n in range(12)]
+    with coordinator.worker(concurrency=2, poll=0.05):
+        assert [coordinator.wait(saga_id, timeout=60) for saga_id in sagas] == list(range(12))
+    assert 1 <= most <= 2
+
+
+def test_shutdown_waits_for_what_is_under_way_and_gives_the_lease_up(stage: Stage) -> None:
+    Shop(stage.bus)
+    coordinator = stage.coordinator()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(ctx: Any) -> None:
+        begun.set()
+        assert go_on.wait(30)
+
+    ordering(coordinator, slow)
+    saga_id = coordinator.submit("place_order", Order())
+    with coordinator.worker(poll=0.05):
+        assert begun.wait(30)
+        threading.Timer(0.05, go_on.set).start()
+    assert stage.log.get(saga_id).state == "completed"
+    assert stage.sql("SELECT count(*) FROM saga_executor")[0][0] == 0
+
+
+def test_a_coordinator_over_a_callers_session_is_refused(stage: Stage) -> None:
+    with Sessions(stage).begin() as session, pytest.raises(UnusableBind, match="caller's transaction"):
+        if stage.asynchronous:
+            AsyncCoordinator(AsyncSagaLog(session), stage.bus)
+        else:
+            Coordinator(SagaLog(session), stage.bus)
+
+
+# Transactional handlers
+
+
+class Note(BaseModel):
+    text: str
+
+
+def noting(stage: Stage, bus: CommandBus, trouble: list[BaseException]) -> None:
+    """A handler that writes a row of the host's, sync or async, and then perhaps raises."""
+    insert = text("INSERT INTO note (body) VALUES (:body)")
+
+    if stage.asynchronous:
+
+        @bus.handler(transactional=True, pivot=True)
+        async def anote(cmd: Note, session: AsyncSession) -> None:
+            await session.execute(insert, {"body": cmd.text})
+            if trouble:
+                raise trouble.pop()
+    else:
+
+        @bus.handler(transactional=True, pivot=True)
+        def note(cmd: Note, session: Session) -> None:
+            session.execute(insert, {"body": cmd.text})
+            if trouble:
+                raise trouble.pop()
+
+
+def notes(stage: Stage) -> list[str]:
+    return [row[0] for row in stage.sql("SELECT body FROM note")]
+
+
+def note_taking(stage: Stage, trouble: list[BaseException], then: Any = None) -> Any:
+    stage.sql("CREATE TABLE note (body TEXT NOT NULL UNIQUE)")
+    noting(stage, stage.bus, trouble)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("take_note")
+    def take_note(ctx: Any, words: str) -> None:
+        ctx.dispatch(Note(text=words))
+        if then is not None:
+            then(ctx)
+
+    return coordinator
+
+
+def test_a_transactional_handlers_writes_commit_with_its_step(stage: Stage) -> None:
+    seen: list[Any] = []
+    coordinator = note_taking(
+        stage, [], lambda ctx: seen.append((notes(stage), stage.log.get(ctx.saga_id).steps[0].state))
+    )
+    coordinator.run("take_note", "hello")
+    assert seen == [(["hello"], "succeeded")]
+
+
+def test_a_transactional_handler_that_raises_did_nothing(stage: Stage) -> None:
+    coordinator = note_taking(stage, [OSError("too late")])
+    with pytest.raises(SagaFailed, match="OSError: too late") as failure:
+        coordinator.run("take_note", "hello")
+    assert failure.value.outcome == "compensated"
+    assert notes(stage) == []
+    assert stage.log.get(failure.value.saga_id).steps[0].state == "failed"
+
+
+def test_a_transactional_handler_that_breaks_a_constraint_did_nothing(stage: Stage) -> None:
+    coordinator = note_taking(stage, [])
+    coordinator.run("take_note", "hello")
+    with pytest.raises(SagaFailed) as failure:
+        coordinator.run("take_note", "hello")
+    assert isinstance(failure.value.cause.__cause__, IntegrityError)  # type: ignore[union-attr]
+    assert failure.value.outcome == "compensated"
+    assert notes(stage) == ["hello"]
+
+
+def test_a_transactional_handler_of_a_process_that_lost_its_saga_commits_nothing(stage: Stage) -> None:
+    class Late(BaseModel):
+        text: str
+
+    coordinator = note_taking(stage, [], lambda ctx: ctx.dispatch(Late(text="late")))
+
+    def lose(cmd: Late, session: Session) -> None:
+        session.execute(text("INSERT INTO note (body) VALUES (:body)"), {"body": cmd.text})
+        session.execute(text("UPDATE saga SET epoch = epoch + 1"))
+
+    stage.bus.handler(transactional=True, pivot=True)(lose)
+    with pytest.raises(Exception, match="taken over"):
+        coordinator.run("take_note", "hello")
+    assert notes(stage) == ["hello"]
