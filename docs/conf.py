@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import subprocess
-import sys
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -51,16 +49,6 @@ def list_columns(app: Sphinx, what: str, name: str, obj: Any, options: Any, line
         lines += [f"   * - `{attribute.key}`", f"     - `{column.name}`", f"     - {kind}", f"     - {null}"]
 
 
-def write_commands(app: Sphinx, docname: str, source: list[str]) -> None:
-    """The command line's reference is Typer's own account of it."""
-    if docname != "reference/cli":
-        return
-    command = [sys.executable, "-m", "typer", "sagalog.cli.app", "utils", "docs", "--name", "sagalog", "--title", "."]
-    written = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    source[0] = source[0].replace("%COMMANDS%", written.removeprefix("# .\n"))
-
-
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("source-read", write_commands)
     app.connect("autodoc-process-docstring", list_columns)

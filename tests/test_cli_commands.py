@@ -222,6 +222,20 @@ def test_diag_fails_a_probe_only_when_a_person_is_needed(url: str) -> None:
     assert "Nothing needs a person." in healthy.out
 
 
+def test_diag_points_to_sagas_that_have_been_open_for_long(url: str) -> None:
+    assert "--open-longer-than" not in sagalog("--url", url, "diag").out
+    execute(url, "UPDATE saga SET started_at = 1000 WHERE saga_id = 3")
+    assert "sagalog list --open-longer-than 1h" in sagalog("--url", url, "diag").out
+
+
+def test_show_tells_how_long_a_request_may_be_under_way(url: str) -> None:
+    execute(url, "UPDATE saga_step SET deadline_at = 4102444800000 WHERE saga_id = 2")
+    assert "may be under way until 2100-01-01 00:00:00Z" in sagalog("--url", url, "show", 2).out
+    refused = sagalog("--url", url, "resolve-step", 2, 0, "--state", "failed", "--note", "why", "--yes")
+    assert refused.status == 1
+    assert "under way" in refused.err
+
+
 def test_the_tables_may_be_placed_elsewhere(database_url: str) -> None:
     placed = ("--url", database_url, "--prefix", "app_")
     if database_url.startswith("postgresql"):

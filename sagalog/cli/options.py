@@ -69,8 +69,12 @@ def ask(question: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise bad_usage(f"{question} Nobody can answer here: add --yes to do it without asking.")
-    if not typer.confirm(question, err=True):
-        raise CommandError("Nothing was changed.")
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort:
+        agreed = False
+    if not agreed:
+        raise CommandError("The answer was not yes. Nothing was changed.")
 
 
 def moment(value: str | None) -> object:

@@ -103,6 +103,10 @@ class Invoke(Effect[R]):
         ]
 
 
+class OutOfTime(Exception):
+    """A handler was stopped at its timeout: never a rejection, whatever types its `rejects=` names."""
+
+
 class Sleep(Effect[None]):
     """Wait so many seconds, with nothing held."""
 

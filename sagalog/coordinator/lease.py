@@ -71,6 +71,11 @@ class Executor:
             self._begin_anew()
         return not self._registered or (self._thread is None and time.monotonic() >= self._renew_at)
 
+    @property
+    def is_registered(self) -> bool:
+        """Whether the lease was written since the start."""
+        return self._registered
+
     def is_forked(self) -> bool:
         """Whether this is a child of the process that the identity belongs to."""
         return self._pid != os.getpid()
@@ -78,9 +83,10 @@ class Executor:
     def renewed(self) -> None:
         """The lease was written; the thread takes over, if it can."""
         self._renew_at = time.monotonic() + self.lease / 3
-        if self._registered:
-            return
-        self._registered = True
+        with self._wake:
+            if self._registered:
+                return
+            self._registered = True
         apart = self._apart()
         if apart is not None:
             self._thread = threading.Thread(target=self._keep, args=(apart,), name="sagalog-lease", daemon=True)
