@@ -188,9 +188,13 @@ class Shop:
         self._logs: list[Any] = []
         self.function: Any = None
 
+    def new_outside(self) -> Outside:
+        """The other side of one run."""
+        return Outside(self.scenario)
+
     def build(self, log: Any) -> Any:
         if log not in self._logs:
-            self._logs, self.outside = [log], Outside(self.scenario)
+            self._logs, self.outside = [log], self.new_outside()
         bus = CommandBus()
         retry = Retry(attempts=2, initial=0) if self.scenario.retried else None
         undo_retry = Retry(attempts=2, initial=0)

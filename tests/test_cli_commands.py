@@ -164,11 +164,11 @@ def test_a_dry_run_counts_what_prune_then_deletes(url: str) -> None:
     limits = ("--keep-last", 0, "--older-than", 0)
     dry = sagalog("--url", url, "prune", *limits, "--dry-run", "--json")
     assert dry.json == {"prunable": 1, "deleted": 0, "dry_run": True}
-    assert sagalog("--url", url, "prune", *limits, "--dry-run").out.strip() == "would delete 1 sagas"
+    assert sagalog("--url", url, "prune", *limits, "--dry-run").out.strip() == "would delete 1 saga"
     with log_at(url) as log:
         assert len(log.find()) == 4
     done = sagalog("--url", url, "prune", *limits, "--yes")
-    assert (done.status, done.out.strip()) == (0, "deleted 1 sagas")
+    assert (done.status, done.out.strip()) == (0, "deleted 1 saga")
     with log_at(url) as log:
         assert [saga.saga_id for saga in log.find()] == [4, 3, 2]
     assert sagalog("--url", url, "prune", *limits).out.strip() == "deleted 0 sagas"
@@ -220,6 +220,20 @@ def test_diag_fails_a_probe_only_when_a_person_is_needed(url: str) -> None:
     healthy = sagalog("--url", url, "diag", "--exit-code")
     assert healthy.status == 0
     assert "Nothing needs a person." in healthy.out
+
+
+def test_diag_points_to_sagas_that_have_been_open_for_long(url: str) -> None:
+    assert "--open-longer-than" not in sagalog("--url", url, "diag").out
+    execute(url, "UPDATE saga SET started_at = 1000 WHERE saga_id = 3")
+    assert "sagalog list --open-longer-than 1h" in sagalog("--url", url, "diag").out
+
+
+def test_show_tells_how_long_a_request_may_be_under_way(url: str) -> None:
+    execute(url, "UPDATE saga_step SET deadline_at = 4102444800000 WHERE saga_id = 2")
+    assert "may be under way until 2100-01-01 00:00:00Z" in sagalog("--url", url, "show", 2).out
+    refused = sagalog("--url", url, "resolve-step", 2, 0, "--state", "failed", "--note", "why", "--yes")
+    assert refused.status == 1
+    assert "under way" in refused.err
 
 
 def test_the_tables_may_be_placed_elsewhere(database_url: str) -> None:

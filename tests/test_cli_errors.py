@@ -38,6 +38,13 @@ def fingerprint(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+def test_no_command_prints_the_help() -> None:
+    done = sagalog()
+    assert done.status == 2
+    assert "resolve-step" in done.out
+    assert done.err == "Error: No command. Begin with `sagalog diag`.\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unknown_option_is_bad_usage_of_every_command(command: str) -> None:
     done = sagalog(command, "--no-such-option")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from cli import EVIL, execute, fill, sagalog
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, make_url
 
 from sagalog.cli.health import filesystem_of
 from sagalog.cli.text import harmless, read_duration, read_moment, shown_duration, shown_size
@@ -125,7 +125,7 @@ def test_the_progress_of_prune_is_drawn_on_a_terminal(sqlite_path: Path) -> None
     words = ("prune", "--keep-last", 0, "--older-than", 0, "--yes")
     written = on_a_terminal("--url", sqlite_path, *words).decode()
     assert "deleting" in written
-    assert "deleted 1 sagas" in written
+    assert "deleted 1 saga" in written
 
 
 # Warnings
@@ -196,10 +196,16 @@ def test_the_innermost_mount_tells_the_file_system() -> None:
 
 
 def test_passwords_are_not_shown(postgres_url: str) -> None:
+    fill(postgres_url)
     separator = "&" if "?" in postgres_url else "?"
     facts = sagalog("--url", f"{postgres_url}{separator}password=secret", "diag", "--json")
     assert facts.status == 0, facts.err
+    assert "resolve-step 2 0" in facts.out
     assert "secret" not in facts.out
+    typed = make_url(postgres_url).set(password="secret").render_as_string(hide_password=False)
+    for words in (("diag",), ("check",), ("show", 99), ("downgrade", "base")):
+        shown = sagalog("--url", typed, *words)
+        assert "secret" not in shown.out + shown.err
 
 
 # Reading and writing moments, durations, sizes

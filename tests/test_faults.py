@@ -13,6 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -543,3 +544,17 @@ def test_a_failed_commit_is_told_to_every_caller_it_carried(sqlite_path: Path) -
     first, second = done.stdout.splitlines()
     assert first == "20 True {'OperationalError'} True True"
     assert second == "{'succeeded'}"
+
+
+def test_a_first_write_waits_for_another_process_that_opens_or_closes_the_file(
+    sqlite_path: Path, bare: sqlite3.Connection
+) -> None:
+    with SagaLog.open(sqlite_path) as log, ThreadPoolExecutor(1) as pool:
+        # As a process does that finds the write-ahead log of a killed one, or is the last to close the file.
+        bare.execute("PRAGMA locking_mode = EXCLUSIVE")
+        bare.execute("DELETE FROM saga")
+        writing = pool.submit(log.create_saga, "s", None)
+        with pytest.raises(TimeoutError):
+            writing.result(timeout=0.2)
+        bare.close()
+        assert writing.result(timeout=30) == 1

@@ -18,9 +18,24 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), fl
 
 
 def test_importing_sagalog_loads_nothing_heavy() -> None:
-    code = f"import sys, sagalog; print([name for name in {HEAVY} if name in sys.modules])"
+    code = (
+        "import sys, sagalog\n"
+        "for name in sagalog.__all__: getattr(sagalog, name)\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_names_are_loaded_when_they_are_first_asked_for() -> None:
+    code = (
+        "import sys, sagalog; print('sqlalchemy' in sys.modules); sagalog.SagaLog; print('sqlalchemy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+    assert set(sagalog.__all__) <= set(dir(sagalog))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sagalog.nothing  # noqa: B018
 
 
 def test_opening_a_current_file_loads_no_alembic(sqlite_path: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 from sagalog.cli.options import Actor, Json, Note, Output, SagaId, StepIndex, Yes, ask
 from sagalog.cli.output import Form, console, form_of, plain, print_json, print_lines
 from sagalog.cli.settings import settings_of
-from sagalog.cli.text import harmless
+from sagalog.cli.text import sagas
 from sagalog.states import SETTLED, STEP_SETTLED
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _act(
     with opened_log(settings_of(context), writing=True) as log:
         if not yes:
             saga = log.get(saga_id)
-            ask(f"Saga {saga_id} ({harmless(saga.name)}) is {harmless(saga.state)}: {asked}, as {actor}?", yes=yes)
+            ask(f"Saga {saga_id} ({saga.name}) is {saga.state}: {asked}, as {actor}?", yes=yes)
         act(log)
         saga = log.get(saga_id)
     step = next((step for step in saga.steps if step.step_index == step_index), None)
@@ -179,7 +179,7 @@ def prune(
         if dry_run or count == 0:
             _tell_pruned(form, count, 0, dry_run)
             return
-        ask(f"Delete {count} sagas for ever, all but the last {keep_last} and those of {older_than:g} days?", yes=yes)
+        ask(f"Delete {sagas(count)} for ever, all but the last {keep_last} and those of {older_than:g} days?", yes=yes)
         _tell_pruned(form, count, _prune(log, count, keep_last, age), dry_run)
 
 
@@ -201,6 +201,6 @@ def _tell_pruned(form: Form, count: int, deleted: int, dry_run: bool) -> None:
     if form is not Form.TABLE:
         print_json(form, {"prunable": count, "deleted": deleted, "dry_run": dry_run})
     elif dry_run:
-        print_lines([f"would delete {count} sagas"])
+        print_lines([f"would delete {sagas(count)}"])
     else:
-        print_lines([f"deleted {deleted} sagas"])
+        print_lines([f"deleted {sagas(deleted)}"])

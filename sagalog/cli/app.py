@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sagalog.cli import acting, diag, looking, schema, scripts, show
+from sagalog.cli import acting, coordinating, diag, looking, schema, scripts, show
 from sagalog.cli.output import Form, chosen_form
 from sagalog.cli.settings import read_settings
 from sagalog.cli.usage import GLOBAL_OPTIONS, SagalogGroup
@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (diag, looking, show, acting, schema, scripts):
+for group in (diag, looking, show, acting, coordinating, schema, scripts):
     group.register(app)
 
 
@@ -44,6 +44,12 @@ def _before(
     prefix: Annotated[
         str | None, typer.Option(envvar="SAGALOG_PREFIX", help="What the names of the tables begin with.")
     ] = None,
+    app: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SAGALOG_APP", metavar="MODULE:NAME", help="The application's coordinator, for what needs it."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON; also allowed after the command.")] = False,
     output: Annotated[
         Form | None, typer.Option("--output", help="The form of the output; also allowed after the command.")
@@ -57,16 +63,16 @@ def _before(
     The database is that of --url, else of SAGALOG_URL, else `url` in [tool.sagalog] of the pyproject.toml here;
     --schema and --prefix likewise.
     """
-    settings = read_settings(url, schema, prefix)
+    settings = read_settings(url, schema, prefix, app)
     context.obj = replace(settings, output=chosen_form(as_json, output), typed=_typed(context))
 
 
-def _typed(context: typer.Context) -> tuple[str, ...]:
-    """The options that were typed, as they may be shown."""
-    words: list[str] = []
+def _typed(context: typer.Context) -> tuple[tuple[str, str], ...]:
+    """The options that were typed, with their values."""
+    words: list[tuple[str, str]] = []
     for option in GLOBAL_OPTIONS:
         source = context.get_parameter_source(option.removeprefix("--"))
         value = context.params.get(option.removeprefix("--"))
         if source is not None and source.name == "COMMANDLINE" and value:
-            words += [option, value]
+            words.append((option, value))
     return tuple(words)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ _DRIVERS = {
     "postgresql+psycopg_async": "postgresql+psycopg",
     "sqlite+aiosqlite": "sqlite",
 }
+_ASYNCPG_ONLY = ("async_fallback", "prepared_statement_cache_size", "prepared_statement_name_func")
 
 
 def url_of(settings: Settings) -> URL:
@@ -46,8 +47,9 @@ def url_of(settings: Settings) -> URL:
         raise bad_usage(f"The URL is of {kind!r}; sagalog works on SQLite and on Postgres.")
     if kind == "sqlite" and url.database in (None, "", ":memory:"):
         raise bad_usage("The URL names no file, and a database in memory holds nothing for another process to see.")
-    if url.drivername == "postgresql+asyncpg" and "ssl" in url.query:
-        url = url.set(query={("sslmode" if key == "ssl" else key): value for key, value in url.query.items()})
+    if url.drivername == "postgresql+asyncpg":
+        kept = url.difference_update_query(_ASYNCPG_ONLY).query
+        url = url.set(query={("sslmode" if key == "ssl" else key): value for key, value in kept.items()})
     return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
 
 
@@ -78,6 +80,8 @@ def opened_engine(settings: Settings, *, writing: bool = False) -> Iterator[Engi
         if file is None:
             _see_that_it_answers(engine)
         yield engine
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        raise CommandError(f"{shown_url(url)} gave up: {_reason(url, error)}.") from None
     finally:
         engine.dispose()
 
@@ -94,29 +98,25 @@ def log_on(engine: Engine, settings: Settings) -> SagaLog:
     return SagaLog(engine, **settings.placement)
 
 
-@contextmanager
-def created_file(settings: Settings) -> Iterator[bool]:
-    """For `upgrade`: make the SQLite file if it is not there, mode 0600; taken away again if the block fails.
+def make_file(settings: Settings) -> None:
+    """For `upgrade`: make the SQLite file if it is not there, with mode 0600 and in WAL mode.
 
-    Yields:
-        Whether it was made.
+    One that is made stays, empty, if the upgrade then fails: another process may be at work on it already.
+
+    Raises:
+        CommandError: It cannot be made.
     """
     file = file_of(url_of(settings))
     if file is None or file.exists():
-        yield False
         return
     try:
         os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    except OSError as error:
-        raise CommandError(f"The file {file} cannot be made: {error.strerror}.") from error
-    try:
-        yield True
-    except BaseException:
-        file.unlink(missing_ok=True)
-        raise
-    connection = sqlite3.connect(file)
-    connection.execute("PRAGMA journal_mode = WAL").fetchall()
-    connection.close()
+        with closing(sqlite3.connect(file)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL").fetchall()
+    except FileExistsError:
+        pass  # another process made it just now
+    except (OSError, sqlite3.Error) as error:
+        raise CommandError(f"The file {file} cannot be made: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def _engine(url: URL, file: Path | None, *, writing: bool) -> Engine:
@@ -147,14 +147,14 @@ def _see_that_it_answers(engine: Engine) -> None:
         with engine.connect() as connection:
             connection.exec_driver_sql("SELECT 1").fetchall()
     except DBAPIError as error:
-        told = str(error.orig).strip().splitlines()
-        reason = _without_secrets(engine.url, told[0] if told else type(error.orig).__name__)
-        raise CommandError(f"{shown_url(engine.url)} cannot be reached: {reason}.") from None
+        raise CommandError(f"{shown_url(engine.url)} cannot be reached: {_reason(engine.url, error)}.") from None
 
 
-def _without_secrets(url: URL, text: str) -> str:
-    secrets = [url.password, *(url.query.get(key) for key in SECRETS)]
-    for secret in secrets:
+def _reason(url: URL, error: Exception) -> str:
+    """The first line of what the driver said, without secrets."""
+    original = getattr(error, "orig", None) or error
+    reason, *_ = [*str(original).strip().splitlines(), type(original).__name__]
+    for secret in (url.password, *(url.query.get(key) for key in SECRETS)):
         if isinstance(secret, str) and secret:
-            text = text.replace(secret, "***")
-    return text.rstrip(".")
+            reason = reason.replace(secret, "***")
+    return reason.rstrip(".")

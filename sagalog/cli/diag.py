@@ -1,7 +1,7 @@
 """`diag`: what an operator runs first."""
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +11,7 @@ from sagalog.cli.output import Form, console, form_of, plain, print_json, state,
 from sagalog.cli.settings import Settings, settings_of
 from sagalog.cli.text import shown_duration, shown_moment, shown_size
 from sagalog.schema import HEAD
-from sagalog.states import OUTSTANDING, SETTLED, STEP_SETTLED
+from sagalog.states import OUTSTANDING, SETTLED, STEP_SETTLED, UNRESOLVED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sagalog import SagaLog, SagaRecord
 
 _NAMED = 10
+_STALE = timedelta(hours=1)
 
 
 def register(app: typer.Typer) -> None:
@@ -58,7 +59,7 @@ def diag(
 
 def _facts(log: "SagaLog", engine: "Engine", settings: Settings) -> dict[str, Any]:
     from sagalog import migrations
-    from sagalog.cli.health import durability_of, product_of, warnings_of
+    from sagalog.cli.health import durability_of, product_of, wal_size_of, warnings_of
     from sagalog.urls import shown_url
 
     now = datetime.now(UTC)
@@ -79,6 +80,7 @@ def _facts(log: "SagaLog", engine: "Engine", settings: Settings) -> dict[str, An
         "head": HEAD,
         "durability": durability_of(engine),
         "size": log.size(),
+        "wal_size": wal_size_of(engine),
         "states": states,
         "needs_person": {"count": waiting, "sagas": [_need(saga, settings) for saga in named]},
         "executors": executors,
@@ -111,13 +113,16 @@ def _next_commands(saga: "SagaRecord", settings: Settings) -> Iterator[str]:
 
 def _print(facts: dict[str, Any]) -> None:
     out = console()
+    size = shown_size(facts["size"])
+    if facts["wal_size"]:
+        size += f", and {shown_size(facts['wal_size'])} of write-ahead log"
     revision = facts["revision"] + (" (head)" if facts["revision"] == facts["head"] else "")
     for name, value in (
         ("database", facts["database"]),
         ("product", facts["product"]),
         ("revision", revision),
         ("durability", facts["durability"]),
-        ("size", shown_size(facts["size"])),
+        ("size", size),
     ):
         out.print(plain(f"{name:<11}{value}"), soft_wrap=True)
     _print_states(out, facts["states"])
@@ -135,6 +140,9 @@ def _print_states(out: "Console", states: list[dict[str, Any]]) -> None:
     for row in states:
         shown.add_row(state(row["state"]), str(row["count"]), shown_duration(row["oldest_age"]))
     out.print(shown)
+    stale = [row for row in states if row["state"] in UNRESOLVED and row["oldest_age"] > _STALE]
+    if stale:
+        out.print("Some have been open for more than an hour: sagalog list --open-longer-than 1h")
 
 
 def _print_executors(out: "Console", executors: list[dict[str, Any]]) -> None:
@@ -153,7 +161,7 @@ def _print_needs(out: "Console", needs: dict[str, Any]) -> None:
     if not needs["count"]:
         out.print("Nothing needs a person.")
         return
-    out.print(plain(f"{needs['count']} need a person:", "bold red"))
+    out.print(plain(f"Sagas that need a person: {needs['count']}", "bold red"))
     for saga in needs["sagas"]:
         reason = f": {saga['reason']}" if saga["reason"] else ""
         age = shown_duration(saga["age"])

@@ -39,6 +39,15 @@ def durability_of(engine: Engine) -> str:
     return ", ".join(f"{name} {value}" for name, value in _postgres_settings(engine).items())
 
 
+def wal_size_of(engine: Engine) -> int | None:
+    """The bytes of a SQLite file's write-ahead log, which come on top of the file's own; None where there is none."""
+    file = file_of(engine.url) if engine.dialect.name == "sqlite" else None
+    try:
+        return None if file is None else file.with_name(f"{file.name}-wal").stat().st_size
+    except OSError:
+        return None
+
+
 def warnings_of(engine: Engine) -> list[str]:
     """What an operator should know; each says what follows from it, and what to do."""
     if engine.dialect.name != "sqlite":

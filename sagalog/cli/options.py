@@ -11,7 +11,7 @@ from typing import Annotated, TypeAlias
 import typer
 
 from sagalog.cli.output import Form
-from sagalog.cli.text import read_duration, read_moment
+from sagalog.cli.text import harmless, read_duration, read_moment
 from sagalog.cli.usage import CommandError, bad_usage
 from sagalog.schema import REVISIONS
 
@@ -59,7 +59,7 @@ def ask(question: str, *, yes: bool) -> None:
     """Ask before an action, unless `--yes`.
 
     Args:
-        question: What is about to be done; names in it must be harmless already.
+        question: What is about to be done.
         yes: Whether the answer was given beforehand.
 
     Raises:
@@ -67,10 +67,15 @@ def ask(question: str, *, yes: bool) -> None:
     """
     if yes:
         return
+    question = harmless(question)
     if not sys.stdin.isatty():
         raise bad_usage(f"{question} Nobody can answer here: add --yes to do it without asking.")
-    if not typer.confirm(question, err=True):
-        raise CommandError("Nothing was changed.")
+    try:
+        agreed = typer.confirm(question, err=True)
+    except typer.Abort:
+        agreed = False
+    if not agreed:
+        raise CommandError("The answer was not yes. Nothing was changed.")
 
 
 def moment(value: str | None) -> object:

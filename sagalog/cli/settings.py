@@ -11,7 +11,7 @@ import typer
 
 from sagalog.cli.usage import bad_usage
 
-_KEYS = ("url", "schema", "prefix")
+_KEYS = ("url", "schema", "prefix", "app")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Settings:
         url: A SQLAlchemy URL, or the path of a SQLite file.
         schema: The schema of the tables (Postgres).
         prefix: What the tables' names begin with.
+        app: The application's coordinator, as module:name.
         output: The form of the output that was asked for before the command.
         typed: The options as they were typed, to be repeated in a command that is proposed.
     """
@@ -29,8 +30,9 @@ class Settings:
     url: str | None
     schema: str | None
     prefix: str
+    app: str | None = None
     output: str | None = None
-    typed: tuple[str, ...] = ()
+    typed: tuple[tuple[str, str], ...] = ()
 
     @property
     def placement(self) -> dict[str, Any]:
@@ -38,8 +40,21 @@ class Settings:
         return {"schema": self.schema, "prefix": self.prefix}
 
     def command(self, *words: object) -> str:
-        """A command line to type next, on the same database."""
-        return shlex.join(["sagalog", *self.typed, *map(str, words)])
+        """A command line to type next, on the same database; a password in it is hidden."""
+        typed = [
+            part for option, value in self.typed for part in (option, _shown(value) if option == "--url" else value)
+        ]
+        return shlex.join(["sagalog", *typed, *map(str, words)])
+
+
+def _shown(url: str) -> str:
+    if "://" not in url:
+        return url
+    from sqlalchemy import make_url
+
+    from sagalog.urls import shown_url
+
+    return shown_url(make_url(url))
 
 
 def settings_of(context: typer.Context) -> Settings:
@@ -50,13 +65,14 @@ def settings_of(context: typer.Context) -> Settings:
     return found
 
 
-def read_settings(url: str | None, schema: str | None, prefix: str | None) -> Settings:
+def read_settings(url: str | None, schema: str | None, prefix: str | None, app: str | None) -> Settings:
     """Complete what was typed, or stood in the environment, by `[tool.sagalog]` of this folder's pyproject.toml."""
-    written = _from_pyproject(Path("pyproject.toml")) if None in (url, schema, prefix) else {}
+    written = _from_pyproject(Path("pyproject.toml")) if None in (url, schema, prefix, app) else {}
     return Settings(
         url=url or written.get("url"),
         schema=schema if schema is not None else written.get("schema"),
         prefix=prefix if prefix is not None else written.get("prefix", ""),
+        app=app or written.get("app"),
     )
 
 

@@ -121,6 +121,8 @@ def _remarks(step: "StepRecord", undoes: dict[int, list[int]]) -> "Text":
         parts.append("undoes " + ", ".join(map(str, undoes[step.step_index])))
     if step.compensated_by is not None:
         parts.append(f"undone by {step.compensated_by}")
+    if step.state == "pending" and step.deadline_at is not None:
+        parts.append(f"may be under way until {shown_moment(step.deadline_at)}")
     reason = _reason(step)
     if reason is not None:
         parts.append(reason)

@@ -57,6 +57,11 @@ def shown_size(size: int) -> str:
     return f"{amount:.1f} TB"
 
 
+def sagas(count: int) -> str:
+    """A number of sagas."""
+    return "1 saga" if count == 1 else f"{count} sagas"
+
+
 def read_duration(text: str) -> timedelta:
     """`90s`, `15m`, `2h`, `1d12h`.
 

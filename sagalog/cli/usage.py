@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from sagalog.cli.text import harmless
 from sagalog.errors import PayloadError, SagaLogError
 
-GLOBAL_OPTIONS = ("--url", "--schema", "--prefix")
+GLOBAL_OPTIONS = ("--url", "--schema", "--prefix", "--app")
 
 
 class CommandError(Exception):
@@ -66,7 +66,7 @@ class SagalogGroup(TyperGroup):
 
 
 def _leave(sentence: str, status: int) -> NoReturn:
-    typer.echo(harmless(sentence, keep="\n"), err=True)
+    typer.echo(harmless(sentence), err=True)
     sys.exit(status)
 
 
@@ -75,7 +75,8 @@ def _sentence_of(error: Any) -> str:
     context = getattr(error, "ctx", None)
     message: str = error.format_message()
     if context is not None and message == context.get_help():
-        return message  # nothing was typed: the help
+        typer.echo(message)
+        return "Error: No command. Begin with `sagalog diag`."
     option = getattr(error, "option_name", None)
     if option in GLOBAL_OPTIONS:
         return f"Error: {option} goes before the command: sagalog {option} {option[2:].upper()} COMMAND."

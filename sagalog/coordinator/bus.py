@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from sagalog.coordinator.signature import (
     NOT_SAID,
     Signature,
     event_type,
+    is_async,
     name_of,
     read_back,
     read_handler,
@@ -76,6 +78,7 @@ class CommandBus:
         self._by_type: dict[type[Any], Handler] = {}
         self._by_name: dict[str, Handler] = {}
         self._compensations: dict[type[Any], Compensation] = {}
+        self.has_pivots = False
 
     @overload
     def handler(self, function: F, /) -> F: ...
@@ -145,7 +148,7 @@ class CommandBus:
                     function=handled,
                     name=check_text(name or signature.cmd_type.__name__, "command's name", name_of(handled)),
                     signature=signature,
-                    rejects=(StepRejected, *(rejects if isinstance(rejects, tuple) else (rejects,))),
+                    rejects=(StepRejected, *(rejects if isinstance(rejects, tuple | list) else (rejects,))),
                     timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
                     settle=settle,
                     retry=retry,
@@ -181,6 +184,8 @@ class CommandBus:
                 raise UnusableHandler(asked, "it has one already", hint="One command is undone in one way.")
             signature = resolved(function, names)
             annotations = [parameter.annotation for parameter in signature.parameters.values()]
+            if is_async(function):
+                raise UnusableHandler(asked, "it is async", hint="It only derives a command: write a plain def.")
             if len(annotations) != 2:
                 raise UnusableHandler(
                     asked, f"it takes {len(annotations)} arguments", hint="It is called with (cmd, output)."
@@ -256,6 +261,7 @@ class CommandBus:
             del self._by_type[handler.cmd_type]
             raise
         self._by_name[handler.name] = handler
+        self.has_pivots = self.has_pivots or handler.pivot
 
     def _check_undo(self, compensation: Compensation) -> None:
         """What undoes is repeated under its key; it cannot itself be undone."""
@@ -277,7 +283,11 @@ def _check_alone(handler: Handler, *, idempotent: bool) -> None:
     problem = hint = ""
     if handler.name.startswith(RESERVED):
         problem, hint = f"names that begin with {RESERVED!r} are the coordinator's own", "Give another name=."
-    elif handler.timeout <= 0 or handler.settle < 0:
+    elif not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in handler.rejects):
+        problem, hint = "rejects= holds what is no type of Exception", "Use rejects=(CardDeclined,)."
+    elif handler.retry is not None and not isinstance(handler.retry, Retry):
+        problem, hint = f"retry={handler.retry!r}", "Use retry=Retry(attempts=5)."
+    elif not (0 < handler.timeout < math.inf and 0 <= handler.settle < math.inf):
         problem, hint = f"timeout={handler.timeout}, settle={handler.settle}", "Both are seconds, timeout above 0."
     elif handler.on_unknown not in (None, "stop", "compensate"):
         problem, hint = f"on_unknown={handler.on_unknown!r}", 'Use "stop" or "compensate".'

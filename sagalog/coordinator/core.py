@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +13,7 @@ from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Sleep, Write
 from sagalog.coordinator.lease import Executor
 from sagalog.coordinator.recover import Left, OnCrash, Recovery, RecoveryReport, finish_claimed, forward_or_back
-from sagalog.coordinator.run import Policy, Run
+from sagalog.coordinator.run import Policy, Run, again
 from sagalog.coordinator.saga import execute
 from sagalog.errors import (
     LeaseLost,
@@ -38,6 +38,7 @@ _log = logging.getLogger("sagalog")
 _PAGE = 1000
 _FAIRNESS = 4
 _FORGOTTEN_AFTER_MS = 24 * 3600 * 1000
+_FIRST_PAUSE_MS, _LONGEST_PAUSE_MS = 500, 30_000
 _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5
 _ENDED = (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED)
 
@@ -69,6 +70,8 @@ class Core:
         self.definitions: dict[str, Definition] = {}
         self._of_function: dict[Any, Definition] = {}
         self._not_before: dict[int, int] = {}
+        self._pauses: dict[int, int] = {}
+        """Until when a worker leaves a saga alone for which nothing could be done; `recover` tries it at once."""
 
     # Definitions
 
@@ -104,6 +107,8 @@ class Core:
     async def registered(self) -> None:
         """Hold the lease before anything is owned under it."""
         if self.executor.is_due():
+            if self.environment is not None and not self.executor.is_registered:
+                await Write(claiming.environment(self.environment))  # a copy of this log will know it by that
             await Write(self.executor.renewal())
             self.executor.renewed()
 
@@ -122,20 +127,34 @@ class Core:
             deadline_at=deadline,
             token=token,
         )
-        begun = await self._taking(beginning, lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None)
+        try:
+            begun = await self._taking(
+                _written(beginning), lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None
+            )
+        except BaseException as error:
+            if isinstance(error, LogUnavailable) or not isinstance(error, Exception | GeneratorExit):
+                await self._not_begun(token)
+            raise
         if not begun.created:
             return await self.outcome(definition, begun.saga_id)
         fence = Fence(begun.saga_id, 1)
         run = Run(self.policy, definition, fence, token, name=definition.name, deadline_at=deadline)
         return await self.owning(fence, execute, run, definition, input)
 
-    async def _taking(self, operation: Operation[T], fence_of: Callable[[T], Fence | None]) -> T:
+    async def _not_begun(self, token: str) -> None:
+        """It may be in the log all the same, and nobody here works on it."""
+        try:
+            await Write(owning.release_begun(token, self.executor.executor_id))
+        except Exception as error:
+            _log.warning("a saga may have been begun, and could not be given back: %s", error)
+
+    async def _taking(self, writing: Awaitable[T], fence_of: Callable[[T], Fence | None]) -> T:
         """Make a saga this process's; until the answer is here, no other thread takes it for one that was left."""
         executor, ticket = self.executor, object()
         coming, active = executor.coming, executor.active
         coming.add(ticket)
         try:
-            answer: T = await Write(operation)
+            answer: T = await writing
             fence = fence_of(answer)
             if fence is not None:
                 active[fence.saga_id] = fence
@@ -145,7 +164,7 @@ class Core:
 
     async def _claimed(self, claim: Operation[bool], fence: Fence) -> bool:
         try:
-            return await self._taking(claim, lambda won: fence if won else None)
+            return await self._taking(Write(claim), lambda won: fence if won else None)
         except LogUnavailable:
             self.executor.strand(fence)  # it may be this process's all the same
             raise
@@ -170,9 +189,8 @@ class Core:
                 del active[fence.saga_id]
 
     async def _give_back(self, fence: Fence) -> None:
-        if self.executor.is_forked():
-            return  # it is the parent's
         try:
+            # In a forked child this changes nothing: the saga names the parent.
             await Write(owning.release(fence, self.executor.executor_id, counted=True))
         except Exception:
             self.executor.strand(fence)
@@ -182,6 +200,7 @@ class Core:
     ) -> Operation[Drawn]:
         """What submits a saga, in whichever transaction."""
         text = _input_text(definition, input, key)
+        definition.check_input(input, text)
         return owning.begin_saga(
             definition.name,
             text,
@@ -248,7 +267,7 @@ class Core:
                     break
                 passed.add(seen.saga_id)
                 done += await self.recover_one(seen, report, adopt=adopt)
-            if not page or not full:
+            if not full:
                 break
         if not adopt:
             for saga_id, name in await Write(claiming.unowned(_PAGE)):
@@ -279,6 +298,7 @@ class Core:
     ) -> tuple[list[Candidate], bool]:
         """Sagas that this process can take over now, and whether there may be more."""
         now = now_ms()
+        self._not_before = {saga_id: until for saga_id, until in self._not_before.items() if until > now}
         limit = most + len(passed) + len(self._not_before) + len(self.executor.active)
         found = await Write(claiming.candidates(self.executor.executor_id, limit, adopt=adopt))
         coming = bool(self.executor.coming)  # looked at before `active`, into which what comes is moved
@@ -292,9 +312,8 @@ class Core:
             if seen.name not in self.definitions:
                 passed.add(seen.saga_id)
                 report.left.append(Left(seen.saga_id, seen.name, f"no saga {seen.name!r} is registered here"))
-            elif self._not_before.get(seen.saga_id, 0) > now:
+            elif (until := self._not_before.get(seen.saga_id, 0)) > now:
                 passed.add(seen.saga_id)
-                until = self._not_before[seen.saga_id]
                 report.left.append(Left(seen.saga_id, seen.name, "a step may still be under way", until))
             else:
                 page.append(seen)
@@ -317,27 +336,42 @@ class Core:
             return 0
         except Exception as error:
             report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
+            self._pauses[seen.saga_id] = now_ms() + min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(seen.recoveries, 16))
             return 1
         if end is None:
             return 0
         self._not_before.pop(seen.saga_id, None)
         if end.until is not None:
             self._not_before[seen.saga_id] = end.until
+        elif end.waits is not None:
+            self._pauses[seen.saga_id] = now_ms() + _LONGEST_PAUSE_MS
         report.add(seen.saga_id, seen.name, end)
         return 1
 
     async def find_work(self, free: int, busy: set[int]) -> list[Job]:
         """At most `free` sagas that a worker could start or take over now; others may be faster."""
         await self.registered()
-        found = await Write(claiming.submitted(free * _FAIRNESS + len(busy)))
-        known = [seen for seen in found if seen.name in self.definitions and seen.saga_id not in busy]
-        jobs = [Job(seen, submitted=True) for seen in _some(known, free)]
+        jobs = [Job(seen, submitted=True) for seen in _some(await self._submitted(free, busy), free)]
         if len(jobs) < free:
-            passed = set(busy)
+            now = now_ms()
+            self._pauses = {saga_id: until for saga_id, until in self._pauses.items() if until > now}
+            passed = busy | self._pauses.keys()
             most = (free - len(jobs)) * _FAIRNESS
-            page, _ = await self.claimable(RecoveryReport(), passed, adopt=False, most=most)
+            page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most)
+            while full and not page:
+                page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most)
             jobs += [Job(seen, submitted=False) for seen in _some(page, free - len(jobs))]
         return jobs
+
+    async def _submitted(self, free: int, busy: set[int]) -> list[Candidate]:
+        """Submitted sagas that this process knows, however many stand before them that it does not."""
+        limit = free * _FAIRNESS + len(busy)
+        while True:
+            found = await Write(claiming.submitted(limit))
+            known = [seen for seen in found if seen.name in self.definitions and seen.saga_id not in busy]
+            if len(known) >= free or len(found) < limit:
+                return known
+            limit *= _FAIRNESS
 
     async def do(self, job: Job) -> None:
         """Start or recover one saga, unless another process was faster."""
@@ -368,6 +402,14 @@ class Core:
             await run.written(owning.compensated(fence, f"its input cannot be read: {error}"))
             raise
         return await execute(run, definition, input)
+
+
+async def _written(operation: Operation[T]) -> T:
+    """What may be repeated: a start finds its own saga again by its token."""
+    try:
+        return await Write(operation)  # type: ignore[no-any-return]
+    except LogUnavailable:
+        return await again(operation)
 
 
 def _some(page: list[Candidate], most: int) -> list[Candidate]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sagalog.coordinator.signature import NOT_SAID, is_async, name_of, resolved
-from sagalog.errors import UnusableHandler
+from sagalog.errors import PayloadError, UnusableHandler
 from sagalog.payload import check_text, decode, decode_as
 
 
@@ -49,6 +49,25 @@ class Definition:
                 hint="An input of several values is one model.",
             )
         return given[0] if given else None
+
+    def check_input(self, given: Any, text: str) -> None:
+        """Whether a worker will be able to read an input.
+
+        Raises:
+            UnusableHandler: The function takes none.
+            PayloadError: It does not fit the function's annotation.
+        """
+        if not self.takes_input and given is not None:
+            self.input_of((given,))
+        if self.takes_input and self.input_type not in (NOT_SAID, Any):
+            try:
+                decode_as(self.input_type, text, "input", None)
+            except PayloadError:
+                raise PayloadError(
+                    f"submit of {self.name}",
+                    f"a {type(given).__name__} is no input of it",
+                    hint=f"It takes a {getattr(self.input_type, '__name__', self.input_type)}.",
+                ) from None
 
     def read_input(self, text: str, saga_id: int) -> Any:
         """The input that the log holds, as the function takes it."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+from sagalog.coordinator.commands import Compensates, StepInfo
+from sagalog.moments import from_ms
 
 if TYPE_CHECKING:
     from sagalog.coordinator.bus import Handler
-    from sagalog.coordinator.commands import StepInfo
     from sagalog.log.database import Operation
     from sagalog.log.owning import Fence
 
@@ -49,6 +51,23 @@ class Call(Effect[R]):
         self.args = args
 
 
+class Info(NamedTuple):
+    """What a `StepInfo` is made of, if the handler wants one."""
+
+    saga_id: int
+    step_index: int
+    attempt: int
+    due: int
+    idempotency_key: str
+    compensates: Compensates | None
+
+    def made(self) -> StepInfo:
+        """The record."""
+        return StepInfo(
+            self.saga_id, self.step_index, self.attempt, from_ms(self.due), self.idempotency_key, self.compensates
+        )
+
+
 class Invoke(Effect[R]):
     """Call a handler for one try of a step.
 
@@ -66,7 +85,7 @@ class Invoke(Effect[R]):
         self,
         handler: Handler,
         cmd: Any,
-        info: StepInfo,
+        info: Info,
         fence: Fence,
         ended: Callable[[Any], Operation[None]] | None = None,
     ) -> None:
@@ -78,8 +97,14 @@ class Invoke(Effect[R]):
 
     def arguments(self, session: Any) -> list[Any]:
         """What the handler is called with, in its own order."""
-        given = {"cmd": self.cmd, "info": self.info, "session": session}
-        return [given[word] for word in self.handler.signature.wants]
+        return [
+            self.cmd if word == "cmd" else session if word == "session" else self.info.made()
+            for word in self.handler.signature.wants
+        ]
+
+
+class OutOfTime(Exception):
+    """A handler was stopped at its timeout: never a rejection, whatever types its `rejects=` names."""
 
 
 class Sleep(Effect[None]):

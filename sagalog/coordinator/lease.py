@@ -13,14 +13,14 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from sagalog.errors import SagaLogError
 from sagalog.log import claiming, owning
 from sagalog.log.apart import Apart
 from sagalog.log.database import Operation
+from sagalog.log.forking import tell_of_forks
 from sagalog.log.owning import Fence
 from sagalog.moments import now_ms
 
@@ -39,12 +39,13 @@ class Executor:
 
     def __init__(self, lease: float, label: str | None, apart: Callable[[], Apart | None]) -> None:
         self.lease = lease
-        self.label = label or f"{socket.gethostname()}:{os.getpid()}"
+        self._label = label
         self._apart = apart
         self._begin_anew()
+        tell_of_forks(self)
 
     def _begin_anew(self) -> None:
-        self._pid = os.getpid()
+        self.label = self._label or f"{socket.gethostname()}:{os.getpid()}"
         self.executor_id = uuid.uuid4().hex
         self.active: dict[int, Fence] = {}
         self.coming: set[object] = set()
@@ -57,6 +58,16 @@ class Executor:
         self._registered = False
         self._renew_at = 0.0
 
+    def before_fork(self) -> None:
+        """See `forking`: nothing is waited for, the child has locks of its own."""
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+
+    def after_fork_in_child(self) -> None:
+        """Another executor: the parent's lease, thread and sagas are not the child's."""
+        self._begin_anew()
+
     @property
     def lease_ms(self) -> int:
         """The lease in milliseconds."""
@@ -68,37 +79,41 @@ class Executor:
 
     def is_due(self) -> bool:
         """Whether the coordinator itself must renew before it goes on: at first, after a fork, or with no thread."""
-        if self.is_forked():
-            self._begin_anew()
         return not self._registered or (self._thread is None and time.monotonic() >= self._renew_at)
 
-    def is_forked(self) -> bool:
-        """Whether this is a child of the process that the identity belongs to."""
-        return self._pid != os.getpid()
+    @property
+    def is_registered(self) -> bool:
+        """Whether the lease was written since the start."""
+        return self._registered
 
     def renewed(self) -> None:
         """The lease was written; the thread takes over, if it can."""
         self._renew_at = time.monotonic() + self.lease / 3
-        if self._registered:
-            return
-        self._registered = True
+        with self._wake:
+            if self._registered:
+                return
+            self._registered = True
         apart = self._apart()
         if apart is not None:
             self._thread = threading.Thread(target=self._keep, args=(apart,), name="sagalog-lease", daemon=True)
             self._thread.start()
 
-    @contextmanager
-    def watching(self, fence: Fence, step_index: int, seconds: float, settle: float) -> Iterator[None]:
-        """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over."""
+    def watch(self, fence: Fence, step_index: int, seconds: float, settle: float) -> int:
+        """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over.
+
+        Returns:
+            What `unwatch` wants, once the handler is done.
+        """
         ticket = next(self._tickets)
         self._watched[ticket] = (time.monotonic() + seconds, fence, step_index, settle)
         if seconds < self.lease / 3:
             with self._wake:
                 self._wake.notify()
-        try:
-            yield
-        finally:
-            self._watched.pop(ticket, None)
+        return ticket
+
+    def unwatch(self, ticket: int) -> None:
+        """The handler is done."""
+        self._watched.pop(ticket, None)
 
     def strand(self, fence: Fence) -> None:
         """A saga that this process stopped working on, and could not give back."""
@@ -108,9 +123,9 @@ class Executor:
 
     def retirement(self) -> Operation[None] | None:
         """Stop, and what then gives the lease up; None if nothing is held, or still in use."""
-        if self.active and self._pid == os.getpid():
+        if self.active:
             return None  # somebody still works under it
-        held = self._registered and self._pid == os.getpid()
+        held = self._registered
         self.stop()
         return claiming.retire(self.executor_id) if held else None
 
@@ -119,7 +134,7 @@ class Executor:
         with self._wake:
             self._closing = True
             self._wake.notify()
-        if self._thread is not None and self._thread is not threading.current_thread() and self._pid == os.getpid():
+        if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
         self._thread = None
         self._registered = False

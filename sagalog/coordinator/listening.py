@@ -97,6 +97,8 @@ async def alisten(log: Any, told: Callable[[], None]) -> None:
 
 
 async def _alisten(engine: Any, channel: str, told: Callable[[], None]) -> None:
+    from sqlalchemy.util import greenlet_spawn
+
     connection = await engine.raw_connection()
     try:
         driver: Any = connection.driver_connection
@@ -111,4 +113,4 @@ async def _alisten(engine: Any, channel: str, told: Callable[[], None]) -> None:
         async for _ in driver.notifies():
             told()
     finally:
-        connection.invalidate()
+        await greenlet_spawn(connection.invalidate)  # its driver is awaited

@@ -10,7 +10,7 @@ from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Write
 from sagalog.coordinator.run import Policy, Run, Step
 from sagalog.coordinator.saga import Waits, execute
-from sagalog.coordinator.unwind import End, to_person, unwind
+from sagalog.coordinator.unwind import NOT_UNDONE, End, to_person, unwind
 from sagalog.errors import PayloadError, SagaFailed
 from sagalog.log import owning, reading
 from sagalog.log.owning import Fence
@@ -174,7 +174,8 @@ def _cannot_resume(run: Run, record: SagaRecord) -> str:
 def _reason(record: SagaRecord) -> str:
     if record.cancel_reason is not None:
         return f"it was asked to cancel: {record.cancel_reason}"
-    return record.failure_reason or "its process stopped before it ended"
+    reason = (record.failure_reason or "").partition(NOT_UNDONE)[0]
+    return reason or "its process stopped before it ended"
 
 
 async def _resume(run: Run, record: SagaRecord) -> End:

@@ -14,9 +14,9 @@ from datetime import datetime
 from typing import Any, Final, TypeVar
 
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
-from sagalog.coordinator.commands import Compensates, Retry, StepInfo
+from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.definition import Definition
-from sagalog.coordinator.effects import Call, Invoke, Sleep, Together, Write
+from sagalog.coordinator.effects import Call, Info, Invoke, OutOfTime, Sleep, Together, Write
 from sagalog.coordinator.signature import events_of, takes_none
 from sagalog.errors import (
     LeaseLost,
@@ -31,7 +31,7 @@ from sagalog.log import owning
 from sagalog.log.database import Operation
 from sagalog.log.owning import Fence
 from sagalog.moments import from_ms, now_ms, to_ms
-from sagalog.payload import check_text, decode, encode
+from sagalog.payload import check_text, decode, encode, printable
 from sagalog.records import StepRecord
 from sagalog.states import SagaState, StepState
 
@@ -60,7 +60,9 @@ class Step:
     deadline_at: int | None = None
     output_json: str | None = None
     compensated_by: int | None = None
+    error: str | None = None
     cmd: Any = None
+    tries: int = 0
 
     @classmethod
     def of(cls, record: StepRecord) -> Step:
@@ -75,6 +77,7 @@ class Step:
             deadline_at=deadline,
             output_json=record.output_json,
             compensated_by=record.compensated_by,
+            error=record.error,
         )
 
     @property
@@ -169,7 +172,7 @@ class Run:
     @property
     def reached_pivot(self) -> bool:
         """Whether a step that cannot be undone succeeded, or is in doubt."""
-        return any(self.is_pivot(step) for step in self.steps.values())
+        return self.policy.bus.has_pivots and any(self.is_pivot(step) for step in self.steps.values())
 
     def unknown_policy(self, handler: Handler) -> OnUnknown:
         """What becomes of a step of this handler that stays in doubt."""
@@ -201,13 +204,14 @@ class Run:
         self.uuids = 0
 
     def stop(self, error: BaseException) -> BaseException:
-        """Let nothing of this saga go on; the first reason stays."""
-        if self.stopped is None:
+        """Let nothing of this saga go on; the first reason stays, unless the saga, or the log, is lost as well."""
+        lost = (LeaseLost, LogUnavailable)
+        if self.stopped is None or (isinstance(error, lost) and not isinstance(self.stopped, lost)):
             self.stopped = error
         return self.stopped
 
-    def refuse_stopped(self) -> None:
-        """Raise why the saga may not go on, if it may not."""
+    def refuse_stopped(self, *, undoing: bool = False) -> None:
+        """Raise why the saga may not go on, if it may not; that its time is up never stops an undo."""
         if self.stopped is not None:
             raise self.stopped
         if self.over:
@@ -216,7 +220,9 @@ class Run:
                 "its function has returned",
                 hint="Dispatch inside the saga's function only.",
             )
-        if self.deadline_at is not None and now_ms() >= self.deadline_at and not self.reached_pivot:
+        if undoing or self.deadline_at is None or now_ms() < self.deadline_at:
+            return
+        if not self.reached_pivot:
             asked = f"{self.name} of saga {self.saga_id}"
             raise self.stop(Stopped(asked, "its time is up", saga_id=self.saga_id, found="deadline", outcome=""))
 
@@ -231,7 +237,10 @@ class Run:
             # A forked child knows the parent's epoch, and is not the parent.
             raise self.stop(LeaseLost(operation.asked, self.saga_id, epoch=self.fence.epoch, found=self.fence.epoch))
         try:
-            return await self._written_at_last(operation)
+            try:
+                return await Write(operation)  # type: ignore[no-any-return]
+            except LogUnavailable:
+                return await again(operation)
         except (LeaseLost, LogUnavailable) as error:
             raise self.stop(error) from error.__cause__
         except owning.CancelAsked as asked:
@@ -239,17 +248,18 @@ class Run:
             problem = f"it was asked to cancel: {asked.reason}"
             raise self.stop(Stopped(name, problem, saga_id=self.saga_id, found="cancel", outcome="")) from None
 
-    async def _written_at_last(self, operation: Operation[R]) -> R:
-        for wait in (*_WAITS_FOR_THE_LOG, None):
-            try:
-                answer: R = await Write(operation)
-            except LogUnavailable:
-                if wait is None:
-                    raise
-                await Sleep(wait)
-            else:
-                return answer
-        raise AssertionError("the last try returns or raises")
+
+async def again(operation: Operation[R]) -> R:
+    """Write once more what may be repeated, after a log that is out of reach for a moment was waited for."""
+    last = len(_WAITS_FOR_THE_LOG) - 1
+    for number, wait in enumerate(_WAITS_FOR_THE_LOG):
+        await Sleep(wait)
+        try:
+            return await Write(operation)  # type: ignore[no-any-return]
+        except LogUnavailable:
+            if number == last:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,8 +293,8 @@ def reason_of(error: BaseException) -> str:
     """What an exception says, for the log."""
     text = str(error)
     if isinstance(error, StepRejected):
-        return text or "rejected"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return printable(text) or "rejected"
+    return printable(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
 # Trying a step
@@ -299,29 +309,32 @@ async def tried(
     transactional = handler.transactional
     while True:
         due = now_ms() + int(handler.timeout * 1000)
-        info = StepInfo(run.saga_id, step.index, attempt, from_ms(due), key, compensates)
-        ended = _ending_of(run, step, undo=compensates is not None) if transactional else None
-        await _hold_still(run, handler, step)
+        info = Info(run.saga_id, step.index, attempt, due, key, compensates)
+        ending = _Ending(run, step, undo=compensates is not None) if transactional else None
+        await _keep_up(run, handler, step)
         try:
-            value: Any = await Invoke(handler, cmd, info, run.fence, ended)
+            value: Any = await Invoke(handler, cmd, info, run.fence, ending)
         except owning.AlreadyEnded as found:
             text = found.output_json or "[]"
             return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
-        except handler.rejects as error:
-            return Refused(reason_of(error), error)
         except Exception as error:
+            if isinstance(error, handler.rejects) and not isinstance(error, OutOfTime):
+                return Refused(reason_of(error), error)
             if isinstance(error, LeaseLost) and error.saga_id == run.saga_id:
                 raise run.stop(error) from None
             if transactional and not isinstance(error, LogUnavailable):
                 return Refused(reason_of(error), error)
             failed = error
         else:
+            if ending is not None:
+                return Succeeded(value, ending.text)
             try:
                 return Succeeded(value, encode(events_of(value), handler.name, run.saga_id, step.index))
             except PayloadError as error:
                 # It happened, and what it returned cannot be held: to try again would not help.
                 await _note_doubt(run, handler, step, error, 0.0)
                 return Doubt(reason_of(error), error)
+        step.tries = attempt
         again = attempt < retry.attempts and may_try(step, retry)
         if not again and handler.read_only:
             return Refused(reason_of(failed), failed)
@@ -333,9 +346,9 @@ async def tried(
         attempt += 1
 
 
-async def _hold_still(run: Run, handler: Handler, step: Step) -> None:
-    """A process that slept past the deadline that it wrote asks the log first: somebody may be undoing the step."""
-    if step.deadline_at is not None and now_ms() >= step.deadline_at:
+async def _keep_up(run: Run, handler: Handler, step: Step) -> None:
+    """A process that slept, or waited, since it wrote the step owns the saga still, or does not call its handler."""
+    while step.deadline_at is not None and now_ms() >= step.deadline_at:
         step.deadline_at = _due(handler)
         await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
 
@@ -348,13 +361,23 @@ def may_try(step: Step, retry: Retry) -> bool:
 async def _note_doubt(run: Run, handler: Handler, step: Step, error: BaseException, seconds: float) -> None:
     """Record what was raised, and until when something of this try may still be under way."""
     step.deadline_at = now_ms() + int((seconds + handler.settle) * 1000)
-    await run.written(owning.doubt_step(run.fence, step.index, reason_of(error), step.deadline_at))
+    step.error = reason_of(error)
+    await run.written(owning.doubt_step(run.fence, step.index, step.error, step.deadline_at))
 
 
-def _ending_of(run: Run, step: Step, *, undo: bool) -> Callable[[Any], Operation[None]]:
-    """What commits with a transactional handler's writes."""
-    end = owning.end_undo_once if undo else owning.finish_step_once
-    return lambda value: end(run.fence, step.index, events_of(value))
+class _Ending:
+    """Makes what commits with a transactional handler's writes; of its answer as it is before that commit."""
+
+    def __init__(self, run: Run, step: Step, *, undo: bool) -> None:
+        self._end = owning.end_undo_once if undo else owning.finish_step_once
+        self._run = run
+        self._step = step
+        self.text = "[]"
+
+    def __call__(self, value: Any) -> Operation[None]:
+        fence, step = self._run.fence, self._step
+        self.text = encode(events_of(value), step.name, fence.saga_id, step.index)
+        return self._end(fence, step.index, self.text)
 
 
 def retry_of(handler: Handler) -> Retry:
@@ -537,12 +560,12 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     retry = handler.retry
     if did_nothing and not forward:
         outcome: Outcome = Refused("its process died before it was done", Stopped("", ""))
-    elif did_nothing or run.again or (retry is not None and may_try(step, retry)):
+    elif did_nothing or run.again or (retry is not None and step.tries == 0 and may_try(step, retry)):
         step.deadline_at = _due(handler)
         await run.written(owning.try_again(run.fence, step.index, step.deadline_at))
         outcome = await tried(run, handler, step, cmd, retry_of(handler))
     else:
-        return Doubt("its process died, or gave up, before its outcome was known", None)
+        return Doubt(step.error or "its process died before its outcome was known", None)
     if not isinstance(outcome, Doubt):
         await end_step(run, handler, step, outcome)
     return outcome

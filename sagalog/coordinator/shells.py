@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import sys
 import threading
 import time
@@ -18,14 +19,25 @@ from sagalog.coordinator.bus import CommandBus, OnUnknown
 from sagalog.coordinator.context import AsyncSagaContext, SagaContext
 from sagalog.coordinator.core import Core
 from sagalog.coordinator.definition import define
-from sagalog.coordinator.effects import Call, Effect, Invoke, Settled, Sleep, Together, Write, adrive, drive
+from sagalog.coordinator.effects import (
+    Call,
+    Effect,
+    Invoke,
+    OutOfTime,
+    Settled,
+    Sleep,
+    Together,
+    Write,
+    adrive,
+    drive,
+)
 from sagalog.coordinator.lease import Executor
 from sagalog.coordinator.recover import OnCrash, RecoveryReport
 from sagalog.coordinator.run import Policy
 from sagalog.coordinator.saga import CallSaga
 from sagalog.coordinator.transacting import Transactions
 from sagalog.coordinator.worker import AsyncWorker, Worker
-from sagalog.errors import UnusableBind, UnusableHandler
+from sagalog.errors import SagaLogError, UnusableBind, UnusableHandler
 from sagalog.log.apart import apart_of, inner_bind
 from sagalog.log.caller import CallerBind
 from sagalog.log.facade import AsyncSagaLog, SagaLog
@@ -34,6 +46,7 @@ from sagalog.records import SagaRecord
 if TYPE_CHECKING:
     from sagalog.log.facade import AsyncTarget, SyncTarget
 
+_log = logging.getLogger("sagalog")
 Input = TypeVar("Input")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -140,6 +153,11 @@ class _Shell:
             return function
 
         return register
+
+
+def _lease_stays(error: SagaLogError) -> None:
+    """A log that is closed, or out of reach, keeps the lease until it runs out by itself."""
+    _log.info("the lease was not given up, and runs out: %s", error)
 
 
 class SagaCoordinator(_Shell):
@@ -309,7 +327,10 @@ class SagaCoordinator(_Shell):
         """Give up the lease; the log stays open. Calling it again does nothing."""
         retirement = self._core.executor.retirement()
         if retirement is not None:
-            self.log._bind.perform(retirement)
+            try:
+                self.log._bind.perform(retirement)
+            except SagaLogError as error:
+                _lease_stays(error)
 
     def __enter__(self) -> SagaCoordinator:
         return self
@@ -342,11 +363,14 @@ class SagaCoordinator(_Shell):
         return self._together(effect)
 
     def _invoke(self, effect: Invoke[Any]) -> Any:
-        handler = effect.handler
-        with self._core.executor.watching(effect.fence, effect.info.step_index, handler.timeout, handler.settle):
+        handler, executor = effect.handler, self._core.executor
+        ticket = executor.watch(effect.fence, effect.info.step_index, handler.timeout, handler.settle)
+        try:
             if handler.transactional:
                 return self._transactions.perform(effect, effect.arguments)
             return handler.function(*effect.arguments(None))
+        finally:
+            executor.unwatch(ticket)
 
     def _together(self, effect: Together[Any]) -> list[Settled[Any]]:
         ends: list[Settled[Any]] = [Settled(None, None)] * len(effect.flows)
@@ -449,7 +473,10 @@ class AsyncSagaCoordinator(_Shell):
         """See `SagaCoordinator.close`."""
         retirement = await asyncio.to_thread(self._core.executor.retirement)
         if retirement is not None:
-            await self.log._bind.perform(retirement)
+            try:
+                await self.log._bind.perform(retirement)
+            except SagaLogError as error:
+                _lease_stays(error)
         if self._threads is not None:
             self._threads.shutdown(wait=False)
             self._threads = None
@@ -492,14 +519,24 @@ class AsyncSagaCoordinator(_Shell):
             return Settled(None, error)
 
     async def _invoke(self, effect: Invoke[Any]) -> Any:
+        limit = asyncio.timeout(effect.handler.timeout)
+        try:
+            async with limit:
+                return await self._called(effect)
+        except TimeoutError as error:
+            if limit.expired():
+                raise OutOfTime(f"its handler outlived its timeout of {effect.handler.timeout} s") from error
+            raise
+
+    async def _called(self, effect: Invoke[Any]) -> Any:
         handler = effect.handler
-        async with asyncio.timeout(handler.timeout):
-            if handler.transactional:
-                return await self._transactions.aperform(effect, effect.arguments)
-            if handler.signature.is_async:
-                return await handler.function(*effect.arguments(None))
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(_HANDLER_THREADS, thread_name_prefix="sagalog-handler")
-            work = copy_context().run
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._threads, work, handler.function, *effect.arguments(None))
+        if handler.transactional:
+            return await self._transactions.aperform(effect, effect.arguments)
+        if handler.signature.is_async:
+            return await handler.function(*effect.arguments(None))
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_HANDLER_THREADS, thread_name_prefix="sagalog-handler")
+        work = copy_context().run
+        loop = asyncio.get_running_loop()
+        value = await loop.run_in_executor(self._threads, work, handler.function, *effect.arguments(None))
+        return await value if inspect.isawaitable(value) else value

@@ -73,13 +73,19 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
     signature = resolved(function, names)
     wants: list[Wanted] = []
     cmd_type: type[Any] | None = None
+    passed_over: str | None = None
     for parameter in signature.parameters.values():
         kind = parameter.annotation
-        if kind is StepInfo:
+        if without_none(kind) is StepInfo:
             wants.append("info")
         elif _is_session(kind):
             wants.append("session")
-        elif cmd_type is None and isinstance(kind, type) and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+        elif (
+            cmd_type is None
+            and kind is not NOT_SAID
+            and isinstance(kind, type)
+            and parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+        ):
             cmd_type = kind
             wants.append("cmd")
         elif parameter.default is NOT_SAID and parameter.kind not in _VARIADIC:
@@ -91,7 +97,14 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
                 hint="Annotate it: def charge(cmd: ChargeCard, step: StepInfo) -> CardCharged.",
             )
         else:
+            passed_over = passed_over or parameter.name
             continue
+        if passed_over is not None:
+            raise UnusableHandler(
+                name_of(function),
+                f"its parameter {parameter.name!r} comes after {passed_over!r}, which it is not given",
+                hint="Put what a handler is given first: the command, StepInfo, a Session.",
+            )
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             raise UnusableHandler(
                 name_of(function), f"its parameter {parameter.name!r} is keyword-only", hint="Take it by position."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, event
@@ -87,7 +89,8 @@ class Transactions:
     def _inside(self, session: Session, effect: Invoke[Any], arguments: Any, sleep: Any) -> Any:
         caller = self._begun(session, sleep)
         try:
-            value = effect.handler.function(*arguments(session))
+            with _not_committed(session):
+                value = effect.handler.function(*arguments(session))
         except Exception as error:
             raise self._told(error) from error
         self._end(session, caller, effect, value)
@@ -133,9 +136,10 @@ class Transactions:
 
         caller = await session.run_sync(lambda sync: self._begun(sync, sleep_in_greenlet))
         try:
-            value = effect.handler.function(*arguments(session))
-            if inspect.isawaitable(value):
-                value = await value
+            with _not_committed(session.sync_session):
+                value = effect.handler.function(*arguments(session))
+                if inspect.isawaitable(value):
+                    value = await value
         except Exception as error:
             raise self._told(error) from error
         await decided(session.run_sync(lambda sync: self._end(sync, caller, effect, value)))
@@ -152,6 +156,25 @@ class Transactions:
                 self._async_engine = create_async_engine(f"sqlite+aiosqlite:///{uri}&uri=true", poolclass=NullPool)
                 _as_durable(self._async_engine.sync_engine, synchronous)
         return self._async_engine
+
+
+@contextmanager
+def _not_committed(session: Session) -> Iterator[None]:
+    """What a handler committed would stay without its step's end."""
+
+    def refuse(_: Session) -> None:
+        if not session.in_nested_transaction():
+            raise UnusableBind(
+                "commit in a transactional handler",
+                "its writes would be there without the end of its step",
+                hint="Leave the commit to the coordinator: return, or raise.",
+            )
+
+    event.listen(session, "before_commit", refuse)
+    try:
+        yield
+    finally:
+        event.remove(session, "before_commit", refuse)
 
 
 def _as_durable(engine: Engine, synchronous: str) -> None:

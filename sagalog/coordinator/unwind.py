@@ -15,19 +15,21 @@ from sagalog.coordinator.run import (
     Run,
     Step,
     check_callable,
+    differs,
     fail,
     known,
     may_try,
     reason_of,
     tried,
 )
-from sagalog.errors import SagaLogError, StepFailed, UnusableHandler
+from sagalog.errors import PayloadError, SagaLogError, StepFailed, UnusableHandler
 from sagalog.log import owning, reading
 from sagalog.moments import now_ms
 from sagalog.payload import encode
 from sagalog.states import SagaState, StepState
 
 _DEFAULT = Retry()
+NOT_UNDONE = ". Not undone: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,8 @@ async def unwind(run: Run, reason: str) -> End:
         return End(run.state, reason, waits=str(unknown))
     except _Early as early:
         return End(run.state, reason, waits=str(early), until=early.until)
+    except PayloadError as unreadable:
+        return await to_person(run, f"{reason}; {unreadable}")
     except _Blocked as blocked:
         return await to_person(run, reason if str(blocked) == reason else f"{reason}; {blocked}")
     await run.written(owning.compensated(run.fence, reason))
@@ -102,7 +106,7 @@ async def to_person(run: Run, reason: str) -> End:
     undos = run.undos
     left = [step for step in run.steps.values() if step.open and not step.own and step.index not in undos]
     named = ", ".join(f"{step.index} ({step.name}, {step.state})" for step in left)
-    told = f"{reason}. Not undone: {named}" if named else reason
+    told = f"{reason}{NOT_UNDONE}{named}" if named else reason
     await run.written(owning.fail_compensation(run.fence, told))
     run.state = SagaState.FAILED_COMPENSATION
     return End(run.state, told)
@@ -114,7 +118,8 @@ async def _reload(run: Run) -> None:
     for stored in record.steps:
         step = Step.of(stored)
         before = run.steps.get(step.index)
-        step.cmd = None if before is None else before.cmd
+        if before is not None:
+            step.cmd, step.tries = before.cmd, before.tries
         run.steps[step.index] = step
 
 
@@ -122,8 +127,15 @@ def _handler(run: Run, step: Step) -> Handler:
     handler = run.handler_named(step.name)
     if handler is None:
         raise Unknown(f"no handler here takes the command {step.name!r} of step {step.index}")
-    check_callable(run.policy, handler)
+    _check_callable(run, handler)
     return handler
+
+
+def _check_callable(run: Run, handler: Handler) -> None:
+    try:
+        check_callable(run.policy, handler)
+    except UnusableHandler as error:
+        raise Unknown(f"this coordinator is not async, and the handler of {handler.name!r} is") from error
 
 
 def _refuse_unknown(run: Run) -> None:
@@ -179,7 +191,7 @@ async def _undo(run: Run, step: Step) -> None:
         undo_handler = run.policy.bus.handler_of(cmd)
     except UnusableHandler as error:
         raise Unknown(f"no handler here takes {type(cmd).__name__}, which undoes step {step.index}") from error
-    check_callable(run.policy, undo_handler)
+    _check_callable(run, undo_handler)
     undo = await begin_undo(run, undo_handler, cmd, [step])
     await _finish(run, undo_handler, undo, cmd, again=False)
 
@@ -235,6 +247,8 @@ async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bo
     """Call an undo's handler until it is done, and mark what it undid with it, in one transaction."""
     retry = handler.retry or _DEFAULT
     if again:
+        if undo.tries:
+            raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is in doubt")
         if not (run.again or may_try(undo, retry)):
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
         undo.deadline_at = now_ms() + int((handler.timeout + handler.settle) * 1000)
@@ -281,11 +295,16 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
             undone; nothing was written.
         StepFailed: The undo was refused or stays in doubt.
     """
-    run.refuse_stopped()
+    run.refuse_stopped(undoing=True)
     handler = run.policy.bus.handler_of(cmd)
     check_callable(run.policy, handler)
+    if run.replay:
+        index = min(run.replay)
+        problem = (
+            f"the log holds step {index}, and the function undoes with {handler.name} before it asked for it again"
+        )
+        raise run.stop(differs(run, index, problem))
     undone = _chosen(run, cmd, undoes)
-    run.replay.clear()
     undo = await begin_undo(run, handler, cmd, undone)
     try:
         return await undo_until_known(run, handler, undo, cmd, handler.retry or _DEFAULT)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from sagalog.coordinator.core import Core, Job
 from sagalog.coordinator.effects import adrive, drive
 from sagalog.coordinator.listening import Listener, alisten
-from sagalog.errors import LeaseLost, SagaFailed, UnusableHandler
+from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed, UnusableHandler
 from sagalog.log import owning
+from sagalog.log.owning import Fence
 
 if TYPE_CHECKING:
     from sagalog.coordinator.shells import AsyncSagaCoordinator, SagaCoordinator
@@ -104,8 +105,15 @@ class Worker:
         for saga_id in left:
             fence = self._slots.core.executor.active.get(saga_id)
             if fence is not None:
-                self._coordinator.log._bind.perform(owning.give_up(fence))
+                self._give_up(fence)
         self._coordinator.close()
+
+    def _give_up(self, fence: Fence) -> None:
+        try:
+            self._coordinator.log._bind.perform(owning.give_up(fence))
+        except LogUnavailable as error:
+            _log.warning("saga %s could not be given up: %s", fence.saga_id, error)
+        self._slots.core.executor.active.pop(fence.saga_id, None)
 
     def __enter__(self) -> Worker:
         self.start()

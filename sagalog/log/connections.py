@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
+import time
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 from urllib.parse import quote
 
+from sagalog.log.bind import retry_while_busy
 from sagalog.log.database import CursorDatabase
+from sagalog.log.forking import leave_to_parent
 from sagalog.log.statements import Statements
 
 Durability: TypeAlias = Literal["full", "normal"]
@@ -81,13 +84,17 @@ class Connections:
             connection.close()
             raise
 
-    def open_database(self) -> CursorDatabase:
-        """The database to write to."""
+    def open_database(self, seconds: float = 0.0) -> CursorDatabase:
+        """The database to write to.
+
+        Args:
+            seconds: How long to wait for a process that recovers the file after a crash, or is the last to close it.
+        """
         if self.writer is None:
             if self.path is None:
                 raise sqlite3.ProgrammingError("the database in memory is gone")
-            # Its own busy handler starves among many writers: `retry_while_busy` waits instead.
-            self.writer = self._connect(0)
+            # Its own busy handler starves among many writers: `retry_while_busy` waits instead, here and later.
+            self.writer = retry_while_busy(lambda: self._connect(0), seconds, time.sleep)
         self.database = CursorDatabase(self.writer.cursor(), self._sql)
         return self.database
 
@@ -132,11 +139,8 @@ class Connections:
             reader.close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: new ones; the old stay referenced, for closing them would end the parent's locks."""
-        _inherited.append((self.writer, self._reader))
+        """In a forked child: new ones."""
+        leave_to_parent(self.writer, self._reader)
         if self.path is not None:
             self.writer = None
         self._reader = None
-
-
-_inherited: list[Any] = []

@@ -10,7 +10,7 @@ a bind's business.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from enum import Enum
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
 
@@ -31,7 +31,7 @@ class Kind(Enum):
     READ = "one SELECT, a snapshot of its own"
     WRITE = "one guarded statement that may be repeated"
     INSERT = "one guarded INSERT; its repetition raises"
-    LOCKED = "the same, with `write_locked`"
+    LOCKED = "one guarded statement by `write_locked`, that may be repeated"
     SEVERAL = "several statements, all or none"
 
 
@@ -230,13 +230,21 @@ class AutocommitDatabase(PostgresCursorDatabase):
         """See `Database`."""
         text, order = self.sql.lock_saga.ready(self._dialect)
         other = self._connection.cursor()  # for each keeps the result of one statement
-        with getattr(self._connection, "pipeline", nullcontext)():
+        with self._in_one_round_trip():
             other.execute(BEGIN)
             other.execute(text, order(values))
             self._send(statement, values)
             other.execute("COMMIT")
         other.close()
         return self._changed()
+
+    def _in_one_round_trip(self) -> AbstractContextManager[Any]:
+        pipeline = getattr(self._connection, "pipeline", None)
+        dbapi: Any = self._dialect.loaded_dbapi
+        if pipeline is None or not dbapi.Pipeline.is_supported():  # by a libpq older than 14
+            return nullcontext()
+        piped: AbstractContextManager[Any] = pipeline()
+        return piped
 
 
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"

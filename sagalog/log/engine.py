@@ -39,6 +39,7 @@ from sagalog.log.database import (
     PostgresCursorDatabase,
 )
 from sagalog.log.faults import SQLITE_IOERR, driver_error, is_disconnect, is_fault, sqlite_code, translate, was_sent
+from sagalog.log.forking import leave_to_parent, tell_no_more, tell_of_forks
 from sagalog.log.statements import Statements
 from sagalog.schema import Found
 
@@ -70,6 +71,8 @@ class EngineBind:
         self._owned = owned
         self._sleep = sleep
         self._closed = False
+        if owned:
+            tell_of_forks(self)
         self._on_sqlite = engine.dialect.name == "sqlite"
         if not self._on_sqlite:
             self._transacting = engine.execution_options(isolation_level="READ COMMITTED")
@@ -227,8 +230,22 @@ class EngineBind:
     def close(self) -> None:
         """Dispose the engine, if the log made it."""
         if self._owned and not self._closed:
+            tell_no_more(self)
             self._engine.dispose()
             self._closed = True
+
+    # A fork: see `forking`. A host's engine is the host's to dispose in the child.
+
+    def before_fork(self) -> None:
+        """The child takes no connection along, so nobody is waited for."""
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+
+    def after_fork_in_child(self) -> None:
+        """New connections; the old ones are the parent's, and stay open."""
+        leave_to_parent(self._engine.pool)
+        self._engine.dispose(close=False)
 
 
 class _HeldBind:

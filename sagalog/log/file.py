@@ -75,9 +75,14 @@ class FileBind:
     def _lead(self, ticket: Ticket[Any] | None) -> bool:
         return self._turns.lead(ticket, 2 * BUSY_TIMEOUT_MS / 1000)
 
-    def _begin(self) -> CursorDatabase:
+    def _database(self) -> CursorDatabase:
         connections = self._connections
-        database = connections.database if connections.writer is not None else connections.open_database()
+        if connections.writer is not None:
+            return connections.database
+        return connections.open_database(BUSY_TIMEOUT_MS / 1000)
+
+    def _begin(self) -> CursorDatabase:
+        database = self._database()
         begin_immediate(database._cursor.execute, BUSY_TIMEOUT_MS / 1000, time.sleep)
         return database
 
@@ -207,8 +212,7 @@ class FileBind:
             if first is not None and sqlite_code(first) != SQLITE_BUSY:
                 raise first
             if operation.kind is not Kind.SEVERAL:
-                connections = self._connections
-                alone = connections.database if connections.writer is not None else connections.open_database()
+                alone = self._database()
                 return retry_while_busy(lambda: operation.run(alone), BUSY_TIMEOUT_MS / 1000, time.sleep)
             database = self._begin()
             value = operation.run(database)

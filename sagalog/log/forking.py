@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakSet
 
 
@@ -23,6 +23,12 @@ class Forks(Protocol):
         ...
 
 
+def leave_to_parent(*inherited: Any) -> None:
+    """In a forked child: keep the parent's connections referenced; to close them would end the parent's locks."""
+    _inherited.append(inherited)
+
+
+_inherited: list[Any] = []
 _told: WeakSet[Forks] = WeakSet()
 _forking: list[Forks] = []
 
@@ -43,15 +49,22 @@ def _before_fork() -> None:
         bind.before_fork()
 
 
-def _after_fork(name: str) -> None:
+def _after_fork_in_parent() -> None:
     for bind in _forking:
-        getattr(bind, name)()
+        bind.after_fork_in_parent()
     _forking.clear()
+
+
+def _after_fork_in_child() -> None:
+    # All, not only those told before: a server that forks from C calls this hook alone.
+    _forking.clear()
+    for bind in list(_told):
+        bind.after_fork_in_child()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork,
-        after_in_parent=lambda: _after_fork("after_fork_in_parent"),
-        after_in_child=lambda: _after_fork("after_fork_in_child"),
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
     )

@@ -228,6 +228,16 @@ def release(fence: Fence, executor_id: str, *, counted: bool) -> Operation[None]
     return Call("release", Kind.WRITE, run, fence.saga_id)
 
 
+def release_begun(token: str, executor_id: str) -> Operation[None]:
+    """Give back a saga that may have been begun under this token, when its start was stopped before its answer."""
+
+    def run(db: Database) -> None:
+        for saga_id, _state in db.fetch(db.sql.saga_of_token, token_=token):
+            release(Fence(saga_id, 1), executor_id, counted=True).run(db)
+
+    return Call("release", Kind.SEVERAL, run)
+
+
 def give_up(fence: Fence, step_index: int | None = None, error: str = "", deadline_at: int = 0) -> Operation[None]:
     """Whoever works on the saga here may not write to it any more, and it is anybody's.
 
@@ -405,19 +415,19 @@ def _end_undo(db: Database, fence: Fence, step_index: int, output_json: str) -> 
 # What commits with a transactional handler's own writes: once, or the handler's writes must not commit either
 
 
-def finish_step_once(fence: Fence, step_index: int, output_events: Any) -> Operation[None]:
+def finish_step_once(fence: Fence, step_index: int, output_json: str) -> Operation[None]:
     """The step succeeded now.
 
     Raises:
         AlreadyEnded: It had succeeded before.
         LeaseLost: Another executor owns the saga.
     """
-    return _once(fence, step_index, output_events, StepState.SUCCEEDED, _finish)
+    return _once(fence, step_index, output_json, StepState.SUCCEEDED, _finish)
 
 
-def end_undo_once(fence: Fence, step_index: int, output_events: Any) -> Operation[None]:
+def end_undo_once(fence: Fence, step_index: int, output_json: str) -> Operation[None]:
     """The undo is done now; see `finish_step_once`."""
-    return _once(fence, step_index, output_events, StepState.COMPENSATED, _end_undo)
+    return _once(fence, step_index, output_json, StepState.COMPENSATED, _end_undo)
 
 
 def _finish(db: Database, fence: Fence, step_index: int, output_json: str) -> int:
@@ -434,15 +444,14 @@ def _finish(db: Database, fence: Fence, step_index: int, output_json: str) -> in
 def _once(
     fence: Fence,
     step_index: int,
-    output_events: Any,
+    output_json: str,
     target: StepState,
     end: Callable[[Database, Fence, int, str], int],
 ) -> Operation[None]:
     asked = statement_name(target)
-    text = encode(output_events, asked, fence.saga_id, step_index)
 
     def run(db: Database) -> None:
-        if end(db, fence, step_index, text) == 1:
+        if end(db, fence, step_index, output_json) == 1:
             return
         check_owner(db, asked, fence, step_index)
         for _name, state, _cmd, output, _deadline in db.fetch(db.sql.step_row, id_=fence.saga_id, index_=step_index):

@@ -99,19 +99,27 @@ async def _charge(session: AsyncSession, bank: Bank, order: Order) -> None:
 
 
 async def _complete(session: AsyncSession, order: Order, charged: CardCharged) -> None:
+    if not await _moved(session, order, "paid"):
+        return
     log = AsyncSagaLog(session)
     await log.finish_step(order.saga_id, CHARGE, [charged])
     await log.terminate(order.saga_id, SagaOutcome.completed())
-    order.status = "paid"
 
 
 async def _undo(session: AsyncSession, order: Order, reason: str) -> None:
+    if not await _moved(session, order, "cancelled"):
+        return
     log = AsyncSagaLog(session)
     await log.fail_step(order.saga_id, CHARGE, reason)
     await session.execute(update(Product).where(Product.sku == order.sku).values(stock=Product.stock + order.quantity))
     await log.compensate_step(order.saga_id, RESERVE, [ReserveStock(sku=order.sku, quantity=-order.quantity)])
     await log.terminate(order.saga_id, SagaOutcome.compensated(reason))
-    order.status = "cancelled"
+
+
+async def _moved(session: AsyncSession, order: Order, status: str) -> bool:
+    """Whether it was this request that ended the order; another may have asked the bank at the same time."""
+    mine = update(Order).where(Order.id == order.id, Order.status == "accepted").values(status=status)
+    return await session.scalar(mine.returning(Order.id)) is not None
 
 
 async def settle_all(session: AsyncSession, bank: Bank) -> None:

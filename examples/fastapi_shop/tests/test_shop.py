@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 from fastapi_shop.app import create_app
 from fastapi_shop.bank import Bank, BankUnreachable, CardCharged, ChargeCard
 from fastapi_shop.models import Order, Product
+from fastapi_shop.orders import settle_all
 from fastapi_shop.report import in_doubt
 from sagalog import AsyncSagaLog, SagaLog
 
@@ -108,6 +109,34 @@ def test_a_payment_in_doubt_is_found_and_settled(
     assert counts(database) == {"orders": 1, "completed": 1}
     assert bank.charged == silent.charged, "asked again under the same key"
     assert client.get("/doubts").json() == []
+
+
+class Watched(Bank):
+    """While one request asks it, the shop settles what it takes for interrupted."""
+
+    asked = 0
+
+    def __init__(self, app: FastAPI) -> None:
+        super().__init__()
+        self.app = app
+
+    async def charge(self, charge: ChargeCard, key: str) -> CardCharged:
+        """Let the other go first."""
+        self.asked += 1
+        if self.asked == 1:
+            async with self.app.state.sessions() as session:
+                await settle_all(session, self)
+        return await super().charge(charge, key)
+
+
+@pytest.mark.parametrize(("card", "status", "left"), [("tok-1", "paid", 1), ("declined", "cancelled", 3)])
+def test_two_that_settle_one_order_do_it_once(
+    app: FastAPI, client: TestClient, database: Engine, card: str, status: str, left: int
+) -> None:
+    app.state.bank = bank = Watched(app)
+    assert client.post("/orders", json={**TEA, "card": card}).json()["status"] == status
+    assert bank.asked == 2
+    assert stock(database) == left
 
 
 def test_bad_input_is_refused(client: TestClient) -> None:

@@ -7,10 +7,12 @@ one transaction: either both are there, or neither.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from pydantic import BaseModel, PositiveInt
 from sqlalchemy import select, update
 
-from flask_shop.bank import Bank, CardCharged, CardDeclined, ChargeCard
+from flask_shop.bank import Bank, BankUnreachable, CardCharged, CardDeclined, ChargeCard
 from flask_shop.models import Order, Product, db
 from sagalog import SagaLog, SagaOutcome
 
@@ -94,25 +96,34 @@ def _charge(bank: Bank, order: Order) -> None:
 
 
 def _complete(order: Order, charged: CardCharged) -> None:
+    if not _moved(order, "paid"):
+        return
     log = SagaLog(db.session)
     log.finish_step(order.saga_id, CHARGE, [charged])
     log.terminate(order.saga_id, SagaOutcome.completed())
-    order.status = "paid"
 
 
 def _undo(order: Order, reason: str) -> None:
+    if not _moved(order, "cancelled"):
+        return
     log = SagaLog(db.session)
     log.fail_step(order.saga_id, CHARGE, reason)
     db.session.execute(update(Product).where(Product.sku == order.sku).values(stock=Product.stock + order.quantity))
     log.compensate_step(order.saga_id, RESERVE, [ReserveStock(sku=order.sku, quantity=-order.quantity)])
     log.terminate(order.saga_id, SagaOutcome.compensated(reason))
-    order.status = "cancelled"
+
+
+def _moved(order: Order, status: str) -> bool:
+    """Whether it was this request that ended the order; another may have asked the bank at the same time."""
+    mine = update(Order).where(Order.id == order.id, Order.status == "accepted").values(status=status)
+    return db.session.scalar(mine.returning(Order.id)) is not None
 
 
 def settle_all(bank: Bank) -> list[Order]:
-    """Finish or undo what interrupted requests left; run it at start-up, when no request is under way."""
+    """Finish or undo what interrupted requests left; run it when the shop starts again."""
     unresolved = [saga.saga_id for saga in SagaLog(db.session).unresolved_sagas()]
     orders = list(db.session.scalars(select(Order).where(Order.saga_id.in_(unresolved)).order_by(Order.id)))
     for order in orders:
-        _charge(bank, order)
+        with suppress(BankUnreachable):  # it stays in doubt, for the next time
+            _charge(bank, order)
     return orders

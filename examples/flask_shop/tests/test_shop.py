@@ -10,6 +10,7 @@ from flask.testing import FlaskClient
 
 from flask_shop.bank import Bank, BankUnreachable, CardCharged, ChargeCard
 from flask_shop.models import Order, Product, db
+from flask_shop.orders import settle_all
 from flask_shop.report import in_doubt
 from sagalog import SagaLog
 
@@ -100,6 +101,34 @@ def test_a_payment_in_doubt_is_found_and_settled(app: Flask, client: FlaskClient
     assert counts(app) == {"orders": 1, "completed": 1}
     assert bank.charged == silent.charged, "asked again under the same key"
     assert shell.invoke(args=["doubts"]).output == ""
+
+
+class Watched(Bank):
+    """While one request asks it, the shop settles what it takes for interrupted."""
+
+    asked = 0
+
+    def __init__(self, app: Flask) -> None:
+        super().__init__()
+        self.app = app
+
+    def charge(self, charge: ChargeCard, key: str) -> CardCharged:
+        """Let the other go first."""
+        self.asked += 1
+        if self.asked == 1:
+            with self.app.app_context():
+                settle_all(self)
+        return super().charge(charge, key)
+
+
+@pytest.mark.parametrize(("card", "status", "left"), [("tok-1", "paid", 1), ("declined", "cancelled", 3)])
+def test_two_that_settle_one_order_do_it_once(
+    app: Flask, client: FlaskClient, card: str, status: str, left: int
+) -> None:
+    app.extensions["bank"] = bank = Watched(app)
+    assert client.post("/orders", json={**TEA, "card": card}).json["status"] == status
+    assert bank.asked == 2
+    assert stock(app) == left
 
 
 def test_bad_input_is_refused(client: FlaskClient) -> None:

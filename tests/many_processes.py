@@ -1,0 +1,237 @@
+"""Many processes at one log: they recover what others left, or run the same keys; each effect is asked for once.
+
+`test_kills.py` has a smaller size of it, `kill_matrix.py` the whole.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sagalog import CommandBus, SagaContext, SagaCoordinator, SagaInProgress, SagaLog, StepInfo
+from sagalog.coordinator.effects import Effect
+from sagalog.testing.crashing import _label
+from tests.crash_matrix import Do, Done, Undo
+from tests.processes import Child, World, records, time_passes
+
+STEPS = 3
+POINTS = 6 * STEPS + 2
+"""A saga can be interrupted at so many: after its start, around each write and call, before its end."""
+
+
+def build(log: SagaLog, ledger: Path) -> tuple[SagaCoordinator, Any]:
+    """A coordinator, and a saga whose handlers note each call; the outside knows no keys, so that nothing is hidden."""
+    bus = CommandBus()
+    account = os.open(ledger, os.O_WRONLY | os.O_APPEND)
+
+    def note(verb: str, key: str) -> None:
+        os.write(account, f"{verb} {key} {os.getpid()}\n".encode())
+
+    @bus.handler(on_unknown="compensate")
+    def do(cmd: Do, step: StepInfo) -> Done:
+        note("do", step.idempotency_key)
+        return Done(place=cmd.place)
+
+    @bus.handler
+    def undo(cmd: Undo, step: StepInfo) -> None:
+        note("undo", step.idempotency_key)
+
+    @bus.compensation(Do)
+    def undone(cmd: Do, output: Done | None) -> Undo:
+        return Undo(place=cmd.place)
+
+    coordinator = SagaCoordinator(log, bus)
+
+    @coordinator.saga("many")
+    def many(ctx: SagaContext, number: int) -> int:
+        for place in range(STEPS):
+            ctx.dispatch(Do(place=place))
+        return number
+
+    return coordinator, many
+
+
+def asked(ledger: Path) -> dict[str, Counter[str]]:
+    """How often each key was asked for, by verb."""
+    found = {"do": Counter[str](), "undo": Counter[str]()}
+    for line in ledger.read_text().splitlines():
+        verb, key, _ = line.split()
+        found[verb][key] += 1
+    return found
+
+
+# Interrupted sagas
+
+
+class _Interrupting:
+    """Each thread's saga stays at a point of its own, until the process is killed."""
+
+    def __init__(self) -> None:
+        self.here = threading.local()
+        self.arrived = threading.Semaphore(0)
+        self._never = threading.Event()
+
+    def __call__(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Any]) -> Any:
+        if _label(effect) is None:
+            return answer(effect)
+        self._pass()
+        given = answer(effect)
+        self._pass()
+        return given
+
+    def _pass(self) -> None:
+        number, self.here.passed = self.here.passed, self.here.passed + 1
+        if number == self.here.stays_at:
+            self.arrived.release()
+            self._never.wait()
+
+
+def _leave_interrupted(world: World, numbers: range) -> Child:
+    """A process that is killed in the middle of many sagas."""
+
+    def live(say: Callable[[Any], None]) -> None:
+        log = world.open()
+        coordinator, many = build(log, world.ledger)
+        failures: list[str] = []
+        interrupting = _Interrupting()
+        coordinator.interpose = interrupting
+
+        def run(number: int) -> None:
+            interrupting.here.passed, interrupting.here.stays_at = 0, 1 + number % POINTS
+            try:
+                coordinator.run(many, number)
+            except BaseException:
+                failures.append(traceback.format_exc())
+            interrupting.arrived.release()
+
+        for number in numbers:
+            threading.Thread(target=run, args=(number,), daemon=True).start()
+        for _ in numbers:
+            interrupting.arrived.acquire()
+        assert not failures, failures[0]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return Child(live)
+
+
+def leave_interrupted(world: World, sagas: int, processes: int) -> None:
+    """So many sagas, of processes that are dead, at all points of a saga."""
+    world.begin_anew()
+    [_] = Child(lambda say: world.open(empty=True).close()).answers()
+    each = sagas // processes
+    dying = [_leave_interrupted(world, range(n * each, (n + 1) * each)) for n in range(processes)]
+    for child in dying:
+        child.answers()
+        assert child.was_killed
+    [_] = Child(lambda say: time_passes(world.open())).answers()
+
+
+# Together
+
+
+def together(works: list[Callable[[], Any]]) -> list[Any]:
+    """What each returns, in a process of its own; all begin at one moment.
+
+    Args:
+        works: Called once to make ready; what that returns is called at the moment.
+    """
+
+    def ready(work: Callable[[], Any]) -> Callable[[Callable[[Any], None]], Any]:
+        def live(say: Callable[[Any], None]) -> Any:
+            begin = work()
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return begin()
+
+        return live
+
+    children = [Child(ready(work)) for work in works]
+    try:
+        for child in children:
+            if not child.wait_stopped():
+                child.answers()
+        for child in children:
+            child.send(signal.SIGCONT)
+        return [child.answers()[-1] for child in children]
+    finally:
+        for child in children:
+            child.end()
+
+
+def recovered_together(world: World, sagas: int, processes: int) -> list[str]:
+    """Interrupt many sagas and let processes recover them at once; what is wrong with how that went."""
+    leave_interrupted(world, sagas, processes=10)
+
+    def recoverer() -> Callable[[], list[int]]:
+        log = world.open()
+        coordinator, _ = build(log, world.ledger)
+
+        def recover() -> list[int]:
+            resolved: list[int] = []
+            while log.unresolved_sagas(limit=1):
+                report = coordinator.recover()
+                assert not report.errors, report.errors
+                resolved += report.compensated + report.completed + list(report.failed_compensation)
+            return resolved
+
+        return recover
+
+    shares = together([recoverer] * processes)
+    [found] = Child(lambda say: records(world.open())).answers()
+    calls = asked(world.ledger)
+    problems = []
+    ids = [saga_id for share in shares for saga_id in share]
+    if sorted(ids) != [saga.saga_id for saga in found] or len(ids) != sagas:
+        problems.append(f"{len(ids)} ends were reported, of {len(set(ids))} sagas; there are {len(found)}")
+    problems += [f"saga {saga.saga_id} is {saga.state}" for saga in found if saga.state != "compensated"]
+    problems += [f"saga {s.saga_id} was taken over {s.recoveries} times" for s in found if s.recoveries != 1]
+    problems += [f"{key} was asked for {times} times" for key, times in calls["undo"].items() if times != 1]
+    problems += [f"{key} was done {times} times" for key, times in calls["do"].items() if times != 1]
+    problems += [f"{key} was not undone" for key in calls["do"] if f"{key}:undo" not in calls["undo"]]
+    forward = sum(len([step for step in saga.steps if step.compensated_by is not None]) for saga in found)
+    if forward != len(calls["undo"]):
+        problems.append(f"{len(calls['undo'])} undos were asked for, of {forward} steps")
+    return problems
+
+
+def keys_together(world: World, keys: int, processes: int) -> list[str]:
+    """Each process runs all the keys, half of them backwards; what is wrong with how that went."""
+    world.begin_anew()
+    [_] = Child(lambda say: world.open(empty=True).close()).answers()
+
+    def runner(backwards: bool) -> Callable[[], Callable[[], dict[str, int]]]:
+        def ready() -> Callable[[], dict[str, int]]:
+            coordinator, many = build(world.open(), world.ledger)
+
+            def run() -> dict[str, int]:
+                results: dict[str, int] = {}
+                left = deque(range(keys - 1, -1, -1) if backwards else range(keys))
+                while left:
+                    number = left.popleft()
+                    try:
+                        results[f"key-{number}"] = coordinator.run(many, number, key=f"key-{number}")
+                    except SagaInProgress:
+                        left.append(number)
+                return results
+
+            return run
+
+        return ready
+
+    answers = together([runner(backwards=n % 2 == 1) for n in range(processes)])
+    [found] = Child(lambda say: records(world.open())).answers()
+    calls = asked(world.ledger)
+    right = {f"key-{number}": number for number in range(keys)}
+    problems = ["a process has other results" for answer in answers if answer != right]
+    problems += [f"saga {saga.saga_id} is {saga.state}" for saga in found if saga.state != "completed"]
+    if sorted(str(saga.key) for saga in found) != sorted(right):
+        problems.append(f"{len(found)} sagas for {keys} keys")
+    problems += [f"{key} was asked for {times} times" for key, times in calls["do"].items() if times != 1]
+    if len(calls["do"]) != keys * STEPS or calls["undo"]:
+        problems.append(f"{len(calls['do'])} effects and {len(calls['undo'])} undos of {keys * STEPS} steps")
+    return problems
