@@ -8,11 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sagalog.coordinator.awaiting import AsyncSagaCoordinator
+    from sagalog.coordinator.blocking import SagaCoordinator
     from sagalog.coordinator.bus import CommandBus
     from sagalog.coordinator.commands import Command, Compensates, Retry, StepInfo
     from sagalog.coordinator.context import AsyncSagaContext, SagaContext
     from sagalog.coordinator.recover import Left, RecoveryReport
-    from sagalog.coordinator.shells import AsyncSagaCoordinator, SagaCoordinator
     from sagalog.errors import (
         InvalidTransition,
         KeyConflict,
@@ -121,10 +122,8 @@ _HOMES = {
         "Left",
         "RecoveryReport",
     ),
-    "sagalog.coordinator.shells": (
-        "AsyncSagaCoordinator",
-        "SagaCoordinator",
-    ),
+    "sagalog.coordinator.awaiting": ("AsyncSagaCoordinator",),
+    "sagalog.coordinator.blocking": ("SagaCoordinator",),
     "sagalog.log.facade": (
         "AsyncSagaLog",
         "SagaLog",

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from typing import Any, TypeVar, overload
 
-from sagalog.coordinator import run as flows
+from sagalog.coordinator import dispatching as flows
 from sagalog.coordinator.commands import Command
 from sagalog.coordinator.effects import Effect, Perform, adrive, drive
 from sagalog.coordinator.run import Run

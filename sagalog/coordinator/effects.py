@@ -18,7 +18,7 @@ from sagalog.moments import from_ms
 if TYPE_CHECKING:
     from sagalog.coordinator.bus import Handler
     from sagalog.log.database import Operation
-    from sagalog.log.owning import Fence
+    from sagalog.log.fencing import Fence
 
 R = TypeVar("R")
 

@@ -20,8 +20,8 @@ from sagalog.errors import SagaLogError
 from sagalog.log import claiming, owning
 from sagalog.log.apart import Apart
 from sagalog.log.database import Operation
+from sagalog.log.fencing import Fence
 from sagalog.log.forking import tell_of_forks
-from sagalog.log.owning import Fence
 from sagalog.moments import now_ms
 
 _log = logging.getLogger("sagalog")

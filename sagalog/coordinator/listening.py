@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Engine
@@ -16,6 +17,7 @@ from sagalog.log.engine import EngineBind
 _log = logging.getLogger("sagalog")
 _AGAIN_AFTER = 5.0
 _LOOK_AT_STOP = 1.0
+_CLOSED_WITHIN = 5.0
 
 
 def _postgres(log: Any) -> EngineBind | None:
@@ -100,8 +102,8 @@ async def _alisten(engine: Any, channel: str, told: Callable[[], None]) -> None:
     from sqlalchemy.util import greenlet_spawn
 
     connection = await engine.raw_connection()
+    driver: Any = connection.driver_connection
     try:
-        driver: Any = connection.driver_connection
         if engine.dialect.driver == "asyncpg":
             gone = asyncio.Event()
             driver.add_termination_listener(lambda _: gone.set())
@@ -113,4 +115,8 @@ async def _alisten(engine: Any, channel: str, told: Callable[[], None]) -> None:
         async for _ in driver.notifies():
             told()
     finally:
-        await greenlet_spawn(connection.invalidate)  # its driver is awaited
+        with suppress(Exception):
+            # In so many words, and awaited: what is only let go leaves its transport to the garbage collector.
+            async with asyncio.timeout(_CLOSED_WITHIN):
+                await driver.close()
+        await greenlet_spawn(connection.invalidate)

@@ -13,7 +13,7 @@ from sagalog.coordinator.saga import Waits, execute
 from sagalog.coordinator.unwind import NOT_UNDONE, End, to_person, unwind
 from sagalog.errors import PayloadError, SagaFailed
 from sagalog.log import owning, reading
-from sagalog.log.owning import Fence
+from sagalog.log.fencing import Fence
 from sagalog.moments import to_ms
 from sagalog.records import SagaRecord
 from sagalog.states import FINAL, SagaState, StepState

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from sagalog.coordinator.definition import Definition
+from sagalog.coordinator.dispatching import differs
 from sagalog.coordinator.effects import Effect
-from sagalog.coordinator.run import Run, differs
+from sagalog.coordinator.run import Run
 from sagalog.coordinator.unwind import End, unwind, why
 from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed
 from sagalog.log import owning

@@ -8,22 +8,12 @@ from typing import Any
 
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
+from sagalog.coordinator.dispatching import check_callable, differs
 from sagalog.coordinator.effects import Sleep, Write
-from sagalog.coordinator.run import (
-    Doubt,
-    Refused,
-    Run,
-    Step,
-    check_callable,
-    differs,
-    fail,
-    known,
-    may_try,
-    reason_of,
-    tried,
-)
+from sagalog.coordinator.run import Run, Step
+from sagalog.coordinator.trying import Doubt, Refused, fail, known, may_try, reason_of, tried
 from sagalog.errors import PayloadError, SagaLogError, StepFailed, UnusableHandler
-from sagalog.log import owning, reading
+from sagalog.log import owned_steps, owning, reading
 from sagalog.moments import now_ms
 from sagalog.payload import encode
 from sagalog.states import SagaState, StepState
@@ -198,7 +188,7 @@ async def _undo(run: Run, step: Step) -> None:
 
 async def _mark(run: Run, step: Step) -> None:
     """There is nothing to undo in it."""
-    await run.written(owning.mark_step_compensated(run.fence, step.index))
+    await run.written(owned_steps.mark_step_compensated(run.fence, step.index))
     step.state = StepState.COMPENSATED
 
 
@@ -236,7 +226,7 @@ async def begin_undo(run: Run, handler: Handler, cmd: Any, undone: Sequence[Step
     now = now_ms()
     due = now + int((handler.timeout + handler.settle) * 1000)
     indexes = tuple(step.index for step in undone)
-    await run.written(owning.begin_undo(run.fence, index, handler.name, text, due, indexes))
+    await run.written(owned_steps.begin_undo(run.fence, index, handler.name, text, due, indexes))
     undo = run.steps[index] = Step(index, handler.name, text, StepState.PENDING, now, due, cmd=cmd)
     for step in undone:
         step.compensated_by = index
@@ -252,7 +242,7 @@ async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bo
         if not (run.again or may_try(undo, retry)):
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
         undo.deadline_at = now_ms() + int((handler.timeout + handler.settle) * 1000)
-        await run.written(owning.try_again(run.fence, undo.index, undo.deadline_at))
+        await run.written(owned_steps.try_again(run.fence, undo.index, undo.deadline_at))
     try:
         await undo_until_known(run, handler, undo, cmd, retry)
     except StepFailed as failure:
@@ -281,7 +271,7 @@ async def undo_until_known(run: Run, handler: Handler, undo: Step, cmd: Any, ret
         refusal = StepFailed("failed", outcome.reason, saga_id=run.saga_id, step_index=undo.index, name=undo.name)
         raise refusal from outcome.error
     if not handler.transactional:
-        await run.written(owning.end_undo(run.fence, undo.index, outcome.text))
+        await run.written(owned_steps.end_undo(run.fence, undo.index, outcome.text))
     for step in (undo, *undone):
         step.state = StepState.COMPENSATED
     return outcome.value

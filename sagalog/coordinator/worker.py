@@ -10,15 +10,16 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from sagalog.coordinator.core import Core, Job
 from sagalog.coordinator.effects import adrive, drive
 from sagalog.coordinator.listening import Listener, alisten
+from sagalog.coordinator.taking import Job, TakingCore
 from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed, UnusableHandler
 from sagalog.log import owning
-from sagalog.log.owning import Fence
+from sagalog.log.fencing import Fence
 
 if TYPE_CHECKING:
-    from sagalog.coordinator.shells import AsyncSagaCoordinator, SagaCoordinator
+    from sagalog.coordinator.awaiting import AsyncSagaCoordinator
+    from sagalog.coordinator.blocking import SagaCoordinator
 
 _log = logging.getLogger("sagalog")
 
@@ -26,7 +27,7 @@ _log = logging.getLogger("sagalog")
 class _Slots:
     """What a worker is doing, and how it looks for more."""
 
-    def __init__(self, core: Core, concurrency: int, poll: float) -> None:
+    def __init__(self, core: TakingCore, concurrency: int, poll: float) -> None:
         if concurrency < 1 or poll <= 0:
             raise UnusableHandler("worker", f"concurrency={concurrency}, poll={poll}", hint="Both are above 0.")
         self.core = core

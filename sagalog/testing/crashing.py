@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 
 from sqlalchemy import literal_column, select, update
 
+from sagalog.coordinator.awaiting import AsyncSagaCoordinator
+from sagalog.coordinator.blocking import SagaCoordinator
 from sagalog.coordinator.effects import Effect, Invoke, Write
 from sagalog.coordinator.recover import RecoveryReport
-from sagalog.coordinator.shells import AsyncSagaCoordinator, SagaCoordinator
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.facade import AsyncSagaLog, SagaLog
 from sagalog.log.statements import Statement

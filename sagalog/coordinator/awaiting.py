@@ -1,0 +1,197 @@
+"""`AsyncSagaCoordinator`: the shell that answers the core's effects in the caller's task."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from datetime import datetime
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+
+from sagalog.coordinator.bus import CommandBus, OnUnknown
+from sagalog.coordinator.context import AsyncSagaContext
+from sagalog.coordinator.effects import (
+    Call,
+    Effect,
+    Invoke,
+    OutOfTime,
+    Settled,
+    Sleep,
+    Together,
+    Write,
+    adrive,
+)
+from sagalog.coordinator.recover import OnCrash, RecoveryReport
+from sagalog.coordinator.saga import CallSaga
+from sagalog.coordinator.shell import Shell, lease_stays
+from sagalog.coordinator.worker import AsyncWorker
+from sagalog.errors import SagaLogError
+from sagalog.log.facade import AsyncSagaLog
+from sagalog.records import SagaRecord
+
+if TYPE_CHECKING:
+    from sagalog.log.facade import AsyncTarget
+
+_log = logging.getLogger("sagalog")
+Input = TypeVar("Input")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+_HANDLER_THREADS = 64
+
+
+Interpose: TypeAlias = Callable[[Effect[Any], Callable[[Effect[Any]], Any]], Any]
+"""What `sagalog.testing.crash_points` puts around every log transaction and every handler call."""
+
+
+class AsyncSagaCoordinator(Shell):
+    """The same for async functions and handlers; sync handlers run in threads. See `SagaCoordinator`."""
+
+    _asynchronous = True
+    log: AsyncSagaLog
+
+    def __init__(
+        self,
+        log: AsyncSagaLog,
+        bus: CommandBus,
+        *,
+        lease: float = 30.0,
+        on_crash: OnCrash = "compensate",
+        on_unknown: OnUnknown = "stop",
+        max_recoveries: int = 10,
+        environment: str | None = None,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(
+            log,
+            bus,
+            lease=lease,
+            on_crash=on_crash,
+            on_unknown=on_unknown,
+            max_recoveries=max_recoveries,
+            environment=environment,
+            label=label,
+        )
+        self._threads: ThreadPoolExecutor | None = None
+
+    @overload
+    async def run(
+        self, saga: Callable[[AsyncSagaContext, Input], Awaitable[R]], input: Input, /, *, key: str | None = None
+    ) -> R: ...
+
+    @overload
+    async def run(self, saga: Callable[[AsyncSagaContext], Awaitable[R]], /, *, key: str | None = None) -> R: ...
+
+    @overload
+    async def run(self, saga: str, /, *input: Any, key: str | None = None) -> Any: ...
+
+    async def run(self, saga: Callable[..., Any] | str, /, *input: Any, key: str | None = None) -> Any:
+        """See `SagaCoordinator.run`."""
+        definition = self._core.definition_of(saga)
+        return await adrive(self._core.run(definition, definition.input_of(input), key), self._perform)
+
+    async def submit(
+        self,
+        saga: Callable[..., Any] | str,
+        input: Any = None,
+        *,
+        key: str | None = None,
+        session: AsyncTarget | None = None,
+        run_at: datetime | None = None,
+    ) -> int:
+        """See `SagaCoordinator.submit`; `session` is an AsyncSession or AsyncConnection."""
+        operation = self._core.submission(self._core.definition_of(saga), input, key, run_at)
+        bind = self.log._bind if session is None else AsyncSagaLog(session, **self._placement)._bind
+        return (await bind.perform(operation)).saga_id
+
+    async def wait(self, saga_id: int, *, timeout: float | None = None) -> Any:  # noqa: ASYNC109 - as concurrent.futures
+        """See `SagaCoordinator.wait`."""
+        return await adrive(self._core.wait(saga_id, timeout), self._perform)
+
+    async def recover(self, *, limit: int | None = None, adopt: bool = False) -> RecoveryReport:
+        """See `SagaCoordinator.recover`."""
+        return await adrive(self._core.recover(limit, adopt=adopt), self._perform)
+
+    async def retry(self, saga_id: int, *, note: str, actor: str, again: bool = False) -> SagaRecord:
+        """See `SagaCoordinator.retry`."""
+        record: SagaRecord = await adrive(self._core.retry(saga_id, note=note, actor=actor, again=again), self._perform)
+        return record
+
+    def worker(self, *, concurrency: int = 8, poll: float = 1.0) -> AsyncWorker:
+        """See `SagaCoordinator.worker`; ``async with``, made for a FastAPI lifespan."""
+        return AsyncWorker(self, concurrency, poll)
+
+    async def close(self) -> None:
+        """See `SagaCoordinator.close`."""
+        retirement = await asyncio.to_thread(self._core.executor.retirement)
+        if retirement is not None:
+            try:
+                await self.log._bind.perform(retirement)
+            except SagaLogError as error:
+                lease_stays(error)
+        if self._threads is not None:
+            self._threads.shutdown(wait=False)
+            self._threads = None
+
+    async def __aenter__(self) -> AsyncSagaCoordinator:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # Effects
+
+    async def _perform(self, effect: Effect[Any]) -> Any:
+        interpose = self.interpose
+        if interpose is None or not isinstance(effect, Write | Invoke):
+            return await self._answer(effect)
+        return await interpose(effect, self._answer)
+
+    async def _answer(self, effect: Effect[Any]) -> Any:
+        if isinstance(effect, Write):
+            return await self.log._bind.perform(effect.operation)
+        if isinstance(effect, Invoke):
+            return await self._invoke(effect)
+        if isinstance(effect, CallSaga):
+            return await effect.call(AsyncSagaContext(effect.run, self._perform))
+        if isinstance(effect, Sleep):
+            return await asyncio.sleep(effect.seconds)
+        if isinstance(effect, Call):
+            value = effect.function(*effect.args)
+            return await value if inspect.isawaitable(value) else value
+        assert isinstance(effect, Together)
+        return await asyncio.gather(*(self._settled(flow) for flow in effect.flows))
+
+    async def _settled(self, flow: Any) -> Settled[Any]:
+        try:
+            return Settled(await adrive(flow, self._perform), None)
+        except Exception as error:
+            return Settled(None, error)
+
+    async def _invoke(self, effect: Invoke[Any]) -> Any:
+        limit = asyncio.timeout(effect.handler.timeout)
+        try:
+            async with limit:
+                return await self._called(effect)
+        except TimeoutError as error:
+            if limit.expired():
+                raise OutOfTime(f"its handler outlived its timeout of {effect.handler.timeout} s") from error
+            raise
+
+    async def _called(self, effect: Invoke[Any]) -> Any:
+        handler = effect.handler
+        if handler.transactional:
+            return await self._transactions.aperform(effect, effect.arguments)
+        if handler.signature.is_async:
+            return await handler.function(*effect.arguments(None))
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_HANDLER_THREADS, thread_name_prefix="sagalog-handler")
+        work = copy_context().run
+        loop = asyncio.get_running_loop()
+        value = await loop.run_in_executor(self._threads, work, handler.function, *effect.arguments(None))
+        return await value if inspect.isawaitable(value) else value

@@ -1,0 +1,210 @@
+"""Dispatching commands, and what a function computed once: written first, or answered from the log on a resume."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from sagalog.coordinator.bus import RESERVED, Handler
+from sagalog.coordinator.effects import Call, Together
+from sagalog.coordinator.run import Policy, Run, Step, Stopped
+from sagalog.coordinator.signature import takes_none
+from sagalog.coordinator.trying import Doubt, Refused, end_step, known, retry_of, tried
+from sagalog.errors import (
+    StepFailed,
+    UnusableHandler,
+)
+from sagalog.log import fencing, owned_steps
+from sagalog.log.database import Operation
+from sagalog.moments import from_ms, now_ms
+from sagalog.payload import check_text, decode, encode
+from sagalog.states import StepState
+
+NOW: Final = f"{RESERVED}now"
+RECORD: Final = f"{RESERVED}record:"
+
+# Dispatching
+
+
+def admitted(run: Run, cmd: Any) -> Handler:
+    """The handler of a forward command.
+
+    Raises:
+        UnusableHandler: None takes it, or nothing says how it is undone, or the shell cannot call it.
+    """
+    bus = run.policy.bus
+    handler = bus.handler_of(cmd)
+    bus.check_undoable(handler)
+    check_callable(run.policy, handler)
+    compensation = bus.compensation_of(handler)
+    if compensation is not None and run.unknown_policy(handler) == "compensate" and not takes_none(compensation.output):
+        raise UnusableHandler(
+            f"dispatch of {handler.name}",
+            'the coordinator says on_unknown="compensate", and its compensation does not admit an output of None',
+            hint="Annotate the output as X | None, or say on_unknown='stop' at the handler.",
+        )
+    return handler
+
+
+def check_callable(policy: Policy, handler: Handler) -> None:
+    """A synchronous coordinator cannot call an async handler."""
+    if handler.signature.is_async and not policy.asynchronous:
+        raise UnusableHandler(
+            f"dispatch of {handler.name}", "its handler is async", hint="Use an AsyncSagaCoordinator."
+        )
+
+
+async def dispatch(run: Run, cmd: Any) -> Any:
+    """Do a command: write it, call its handler, write how it ended."""
+    run.refuse_stopped()
+    handler = admitted(run, cmd)
+    index = run.take_index()
+    text = encode(cmd, f"dispatch of {handler.name}", run.saga_id, index)
+    recorded = _recorded(run, index, handler.name, text)
+    if recorded is not None:
+        recorded.cmd = cmd
+        return await _answered(run, handler, recorded, cmd)
+    step, operation = _beginning(run, handler, index, cmd, text)
+    await run.written(operation)
+    run.steps[index] = step
+    return await settled(run, handler, step, cmd)
+
+
+async def dispatch_all(run: Run, commands: Sequence[Any]) -> list[Any]:
+    """Do commands side by side; all are awaited, and then the failure of the first that failed is raised."""
+    run.refuse_stopped()
+    handlers = [admitted(run, cmd) for cmd in commands]
+    flows: list[Any] = []
+    operations: list[Operation[None]] = []
+    for handler, cmd in zip(handlers, commands, strict=True):
+        index = run.take_index()
+        text = encode(cmd, f"dispatch of {handler.name}", run.saga_id, index)
+        recorded = _recorded(run, index, handler.name, text)
+        if recorded is not None:
+            recorded.cmd = cmd
+            flows.append((_answered, handler, recorded, cmd))
+            continue
+        step, operation = _beginning(run, handler, index, cmd, text)
+        operations.append(operation)
+        flows.append((settled, handler, step, cmd))
+    if operations:
+        await run.written(fencing.joined("dispatch_all", run.fence, operations))
+    run.steps.update((step.index, step) for _, _, step, _ in flows)
+    ends = await Together([flow(run, handler, step, cmd) for flow, handler, step, cmd in flows])
+    for end in ends:
+        if end.error is not None and not isinstance(end.error, Exception):
+            raise end.error
+    for end in ends:
+        if end.error is not None:
+            raise end.error
+    return [end.value for end in ends]
+
+
+def _beginning(run: Run, handler: Handler, index: int, cmd: Any, text: str) -> tuple[Step, Operation[None]]:
+    now = now_ms()
+    due = now + int((handler.timeout + handler.settle) * 1000)
+    step = Step(index, handler.name, text, StepState.PENDING, now, due, cmd=cmd)
+    operation = owned_steps.begin_step(run.fence, index, handler.name, text, due, cancellable=not run.reached_pivot)
+    return step, operation
+
+
+async def settled(run: Run, handler: Handler, step: Step, cmd: Any) -> Any:
+    """Try a pending step and record how it ended; a doubt stays in the log, and stops the saga."""
+    outcome = await tried(run, handler, step, cmd, retry_of(handler))
+    if isinstance(outcome, Doubt):
+        failure = StepFailed("in_doubt", outcome.reason, saga_id=run.saga_id, step_index=step.index, name=step.name)
+        raise run.stop(failure) from outcome.error
+    await end_step(run, handler, step, outcome)
+    if isinstance(outcome, Refused):
+        raise _failure(run, step, outcome.reason) from outcome.error
+    return outcome.value
+
+
+def _failure(run: Run, step: Step, reason: str) -> StepFailed:
+    return StepFailed("failed", reason, saga_id=run.saga_id, step_index=step.index, name=step.name)
+
+
+# Going on where another process stopped
+
+
+def _recorded(run: Run, index: int, name: str, text: str) -> Step | None:
+    """The row that the log holds at an index, or None.
+
+    Raises:
+        Stopped: It is another command than the function dispatches now.
+    """
+    step = run.replay.pop(index, None)
+    if step is None:
+        return None
+    same = step.name == name and decode(step.cmd_json, "cmd_json", run.saga_id, index) == decode(
+        text, "cmd_json", run.saga_id, index
+    )
+    if same and step.state is not StepState.COMPENSATED:
+        return step
+    found = "is undone" if step.state is StepState.COMPENSATED else "holds another command"
+    raise run.stop(differs(run, index, f"the log {found} there ({step.name}), and the function dispatches {name}"))
+
+
+def differs(run: Run, index: int | None, problem: str) -> Stopped:
+    """The error of a function that does not do again what the log holds."""
+    return Stopped(
+        f"resume of saga {run.saga_id}", problem, saga_id=run.saga_id, step_index=index, found="differs", outcome=""
+    )
+
+
+async def _answered(run: Run, handler: Handler, step: Step, cmd: Any) -> Any:
+    """What the log holds of a step; one in doubt is tried again if that does no harm."""
+    if step.state is StepState.SUCCEEDED:
+        return handler.read_output(step.output_json, run.saga_id, step.index)
+    if step.state is StepState.FAILED:
+        raise _failure(run, step, recorded_reason(run, step))
+    outcome = await known(run, handler, step, cmd)
+    if isinstance(outcome, Doubt):
+        failure = StepFailed("in_doubt", outcome.reason, saga_id=run.saga_id, step_index=step.index, name=step.name)
+        raise run.stop(failure)
+    if isinstance(outcome, Refused):
+        raise _failure(run, step, outcome.reason) from outcome.error
+    return outcome.value
+
+
+def recorded_reason(run: Run, step: Step) -> str:
+    """Why a failed step failed, as the log holds it."""
+    held = decode(step.output_json, "output_json", run.saga_id, step.index)
+    return str(held.get("error", "")) if isinstance(held, dict) else ""
+
+
+# What is the same on a resume
+
+
+async def now(run: Run) -> datetime:
+    """The moment at which the function first asked."""
+    return from_ms(await _kept(run, NOW, now_ms))
+
+
+def new_uuid(run: Run) -> uuid.UUID:
+    """The n-th UUID that the function asks for, from the saga's random token: no row is needed to have it again."""
+    run.refuse_stopped()
+    run.uuids += 1
+    digest = hashlib.sha256(f"{run.token}:uuid:{run.uuids}".encode()).digest()
+    return uuid.UUID(bytes=digest[:16], version=4)
+
+
+async def record(run: Run, name: str, function: Callable[[], Any]) -> Any:
+    """What a function returned when it was first called here, as a JSON value."""
+    check_text(name, "name", f"record in saga {run.saga_id}", run.saga_id)
+    return await _kept(run, f"{RECORD}{name}", function)
+
+
+async def _kept(run: Run, name: str, function: Callable[[], Any]) -> Any:
+    run.refuse_stopped()
+    index = run.take_index()
+    recorded = _recorded(run, index, name, "null")
+    if recorded is not None:
+        return decode(recorded.output_json, "output_json", run.saga_id, index)
+    text = encode(await Call(function), name, run.saga_id, index)
+    await run.written(owned_steps.record_step(run.fence, index, name, text, cancellable=not run.reached_pivot))
+    run.steps[index] = Step(index, name, "null", StepState.SUCCEEDED, now_ms(), output_json=text)
+    return decode(text, "output_json", run.saga_id, index)

@@ -1,0 +1,200 @@
+"""Taking sagas over: those that a dead process left, and those that were submitted for any worker."""
+
+from __future__ import annotations
+
+import logging
+import random
+from typing import Any, NamedTuple
+
+from sagalog.coordinator.core import Core, deadline_of
+from sagalog.coordinator.definition import Definition
+from sagalog.coordinator.effects import Write
+from sagalog.coordinator.recover import Left, Recovery, RecoveryReport, finish_claimed, forward_or_back
+from sagalog.coordinator.run import Run
+from sagalog.coordinator.saga import execute
+from sagalog.errors import (
+    LeaseLost,
+    PayloadError,
+)
+from sagalog.log import claiming, owning, reading, reopening
+from sagalog.log.claiming import Candidate
+from sagalog.log.fencing import Fence
+from sagalog.moments import now_ms
+
+_log = logging.getLogger("sagalog")
+_PAGE = 1000
+_FAIRNESS = 4
+_FORGOTTEN_AFTER_MS = 24 * 3600 * 1000
+_FIRST_PAUSE_MS, _LONGEST_PAUSE_MS = 500, 30_000
+
+
+class Job(NamedTuple):
+    """What a worker may do next."""
+
+    seen: Candidate
+    submitted: bool
+
+
+class TakingCore(Core):
+    """A core that also takes over what it did not start itself."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._not_before: dict[int, int] = {}
+        self._pauses: dict[int, int] = {}
+
+    async def recover(self, limit: int | None, *, adopt: bool) -> RecoveryReport:
+        """Take over what was left, one saga after the other."""
+        report = RecoveryReport()
+        await self.check_environment()
+        await self.registered()
+        done = 0
+        passed: set[int] = set()
+        while limit is None or done < limit:
+            page, full = await self.claimable(report, passed, adopt=adopt)
+            for seen in page:
+                if limit is not None and done >= limit:
+                    break
+                passed.add(seen.saga_id)
+                done += await self.recover_one(seen, report, adopt=adopt)
+            if not full:
+                break
+        if not adopt:
+            for saga_id, name in await Write(claiming.unowned(_PAGE)):
+                report.left.append(Left(saga_id, name, "it never belonged to a coordinator; adopt=True takes it"))
+        await Write(claiming.forget_dead(_FORGOTTEN_AFTER_MS))
+        return report
+
+    async def retry(self, saga_id: int, *, note: str, actor: str, again: bool) -> Any:
+        """Give a saga that needs a person back, and bring it to an end here."""
+        await self.check_environment()
+        await self.registered()
+        record = await Write(reading.get(saga_id))
+        if record.name not in self.definitions:
+            self.definition_of(record.name)
+        recovery = Recovery(
+            self.policy, self.definitions, self.on_crash, self.max_recoveries, self.executor.executor_id, again
+        )
+        target = forward_or_back(recovery, record)
+        epoch = await Write(reopening.reopen(saga_id, target, note=note, actor=actor, again=again))
+        seen = Candidate(saga_id, epoch, record.name)
+        fence = Fence(saga_id, epoch + 1)
+        if await self.claimed(claiming.claim(seen, self.executor.executor_id, adopt=False), fence):
+            await self.owning(fence, finish_claimed, recovery, fence)
+        return await Write(reading.get(saga_id))
+
+    async def claimable(
+        self, report: RecoveryReport, passed: set[int], *, adopt: bool, most: int = _PAGE
+    ) -> tuple[list[Candidate], bool]:
+        """Sagas that this process can take over now, and whether there may be more."""
+        now = now_ms()
+        self._not_before = {saga_id: until for saga_id, until in self._not_before.items() if until > now}
+        limit = most + len(passed) + len(self._not_before) + len(self.executor.active)
+        found = await Write(claiming.candidates(self.executor.executor_id, limit, adopt=adopt))
+        coming = bool(self.executor.coming)  # looked at before `active`, into which what comes is moved
+        page = []
+        for seen in found:
+            if seen.saga_id in passed or seen.saga_id in self.executor.active:
+                continue
+            if seen.own and coming:
+                passed.add(seen.saga_id)
+                continue
+            if seen.name not in self.definitions:
+                passed.add(seen.saga_id)
+                report.left.append(Left(seen.saga_id, seen.name, f"no saga {seen.name!r} is registered here"))
+            elif (until := self._not_before.get(seen.saga_id, 0)) > now:
+                passed.add(seen.saga_id)
+                report.left.append(Left(seen.saga_id, seen.name, "a step may still be under way", until))
+            else:
+                page.append(seen)
+        return page[:most], len(found) >= limit
+
+    async def recover_one(self, seen: Candidate, report: RecoveryReport, *, adopt: bool) -> int:
+        """Take one saga over; whatever it raises is noted, and the others go on.
+
+        Returns:
+            1 if it was taken over, else 0.
+        """
+        executor_id = self.executor.executor_id
+        recovery = Recovery(self.policy, self.definitions, self.on_crash, self.max_recoveries, executor_id)
+        fence = Fence(seen.saga_id, seen.epoch + 1)
+        try:
+            if not await self.claimed(claiming.claim(seen, executor_id, adopt=adopt), fence):
+                return 0
+            end = await self.owning(fence, finish_claimed, recovery, fence)
+        except LeaseLost:
+            return 0
+        except Exception as error:
+            report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
+            self._pauses[seen.saga_id] = now_ms() + min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(seen.recoveries, 16))
+            return 1
+        if end is None:
+            return 0
+        self._not_before.pop(seen.saga_id, None)
+        if end.until is not None:
+            self._not_before[seen.saga_id] = end.until
+        elif end.waits is not None:
+            self._pauses[seen.saga_id] = now_ms() + _LONGEST_PAUSE_MS
+        report.add(seen.saga_id, seen.name, end)
+        return 1
+
+    async def find_work(self, free: int, busy: set[int]) -> list[Job]:
+        """At most `free` sagas that a worker could start or take over now; others may be faster."""
+        await self.registered()
+        jobs = [Job(seen, submitted=True) for seen in _some(await self._submitted(free, busy), free)]
+        if len(jobs) < free:
+            now = now_ms()
+            self._pauses = {saga_id: until for saga_id, until in self._pauses.items() if until > now}
+            passed = busy | self._pauses.keys()
+            most = (free - len(jobs)) * _FAIRNESS
+            page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most)
+            while full and not page:
+                page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most)
+            jobs += [Job(seen, submitted=False) for seen in _some(page, free - len(jobs))]
+        return jobs
+
+    async def _submitted(self, free: int, busy: set[int]) -> list[Candidate]:
+        """Submitted sagas that this process knows, however many stand before them that it does not."""
+        limit = free * _FAIRNESS + len(busy)
+        while True:
+            found = await Write(claiming.submitted(limit))
+            known = [seen for seen in found if seen.name in self.definitions and seen.saga_id not in busy]
+            if len(known) >= free or len(found) < limit:
+                return known
+            limit *= _FAIRNESS
+
+    async def do(self, job: Job) -> None:
+        """Start or recover one saga, unless another process was faster."""
+        if job.submitted:
+            await self.start_submitted(job.seen)
+            return
+        report = RecoveryReport()
+        await self.recover_one(job.seen, report, adopt=False)
+        for error in report.errors.values():
+            _log.error("recovery of saga %s (%s): %s", job.seen.saga_id, job.seen.name, error)
+
+    async def start_submitted(self, seen: Candidate) -> Any:
+        """Claim a submitted saga and run it; None if another process was faster."""
+        definition = self.definitions[seen.name]
+        deadline = deadline_of(definition)
+        fence = Fence(seen.saga_id, seen.epoch + 1)
+        claim = claiming.claim_submitted(seen, self.executor.executor_id, deadline)
+        if not await self.claimed(claim, fence):
+            return None
+        return await self.owning(fence, self._run_claimed, fence, definition, deadline)
+
+    async def _run_claimed(self, fence: Fence, definition: Definition, deadline: int | None) -> Any:
+        record = await Write(reading.get(fence.saga_id))
+        run = Run(self.policy, definition, fence, record.token or "", name=definition.name, deadline_at=deadline)
+        try:
+            input = definition.read_input(record.input_json, fence.saga_id)
+        except PayloadError as error:
+            await run.written(owning.compensated(fence, f"its input cannot be read: {error}"))
+            raise
+        return await execute(run, definition, input)
+
+
+def _some(page: list[Candidate], most: int) -> list[Candidate]:
+    """Some of the first, at random, so that many workers do not all reach for the same."""
+    near = page[: most * _FAIRNESS]
+    return near if len(near) <= most else random.sample(near, most)

@@ -1,0 +1,194 @@
+"""Trying a step until its outcome is known, and recording it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sagalog.coordinator.bus import Handler
+from sagalog.coordinator.commands import Compensates, Retry
+from sagalog.coordinator.effects import Info, Invoke, OutOfTime, Sleep
+from sagalog.coordinator.run import Run, Step, Stopped
+from sagalog.coordinator.signature import events_of
+from sagalog.errors import (
+    LeaseLost,
+    LogUnavailable,
+    PayloadError,
+    StepRejected,
+)
+from sagalog.log import fencing, owned_steps
+from sagalog.log.database import Operation
+from sagalog.moments import now_ms
+from sagalog.payload import encode, printable
+from sagalog.states import StepState
+
+ONCE: Final = Retry(attempts=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """A try succeeded; `text` is its events as the log holds them."""
+
+    value: Any
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A try did nothing."""
+
+    reason: str
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """It is not known what became of a try."""
+
+    reason: str
+    error: BaseException | None
+
+
+Outcome = Succeeded | Refused | Doubt
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, for the log."""
+    text = str(error)
+    if isinstance(error, StepRejected):
+        return printable(text) or "rejected"
+    return printable(f"{type(error).__name__}: {text}" if text else type(error).__name__)
+
+
+# Trying a step
+
+
+async def tried(
+    run: Run, handler: Handler, step: Step, cmd: Any, retry: Retry, compensates: Compensates | None = None
+) -> Outcome:
+    """Call a step's handler until its outcome is known, or its tries are used up."""
+    attempt = 1
+    key = run.key_of(step.index) if compensates is None else f"{compensates.idempotency_key}:undo"
+    transactional = handler.transactional
+    while True:
+        due = now_ms() + int(handler.timeout * 1000)
+        info = Info(run.saga_id, step.index, attempt, due, key, compensates)
+        ending = _Ending(run, step, undo=compensates is not None) if transactional else None
+        await _keep_up(run, handler, step)
+        try:
+            value: Any = await Invoke(handler, cmd, info, run.fence, ending)
+        except fencing.AlreadyEnded as found:
+            text = found.output_json or "[]"
+            return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
+        except Exception as error:
+            if isinstance(error, handler.rejects) and not isinstance(error, OutOfTime):
+                return Refused(reason_of(error), error)
+            if isinstance(error, LeaseLost) and error.saga_id == run.saga_id:
+                raise run.stop(error) from None
+            if transactional and not isinstance(error, LogUnavailable):
+                return Refused(reason_of(error), error)
+            failed = error
+        else:
+            if ending is not None:
+                return Succeeded(value, ending.text)
+            try:
+                return Succeeded(value, encode(events_of(value), handler.name, run.saga_id, step.index))
+            except PayloadError as error:
+                # It happened, and what it returned cannot be held: to try again would not help.
+                await _note_doubt(run, handler, step, error, 0.0)
+                return Doubt(reason_of(error), error)
+        step.tries = attempt
+        again = attempt < retry.attempts and may_try(step, retry)
+        if not again and handler.read_only:
+            return Refused(reason_of(failed), failed)
+        wait = retry.wait_before(attempt + 1) if again else 0.0
+        await _note_doubt(run, handler, step, failed, wait + handler.timeout if again else 0.0)
+        if not again:
+            return Doubt(reason_of(failed), failed)
+        await Sleep(wait)
+        attempt += 1
+
+
+async def _keep_up(run: Run, handler: Handler, step: Step) -> None:
+    """A process that slept, or waited, since it wrote the step owns the saga still, or does not call its handler."""
+    while step.deadline_at is not None and now_ms() >= step.deadline_at:
+        step.deadline_at = due_of(handler)
+        await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
+
+
+def may_try(step: Step, retry: Retry) -> bool:
+    """Whether the outside can still know the key of the first try."""
+    return now_ms() - step.started_at <= retry.within.total_seconds() * 1000
+
+
+async def _note_doubt(run: Run, handler: Handler, step: Step, error: BaseException, seconds: float) -> None:
+    """Record what was raised, and until when something of this try may still be under way."""
+    step.deadline_at = now_ms() + int((seconds + handler.settle) * 1000)
+    step.error = reason_of(error)
+    await run.written(owned_steps.doubt_step(run.fence, step.index, step.error, step.deadline_at))
+
+
+class _Ending:
+    """Makes what commits with a transactional handler's writes; of its answer as it is before that commit."""
+
+    def __init__(self, run: Run, step: Step, *, undo: bool) -> None:
+        self._end = owned_steps.end_undo_once if undo else owned_steps.finish_step_once
+        self._run = run
+        self._step = step
+        self.text = "[]"
+
+    def __call__(self, value: Any) -> Operation[None]:
+        fence, step = self._run.fence, self._step
+        self.text = encode(events_of(value), step.name, fence.saga_id, step.index)
+        return self._end(fence, step.index, self.text)
+
+
+def retry_of(handler: Handler) -> Retry:
+    """How often a forward step is tried; a transactional one that could not commit did nothing, and is tried again."""
+    return handler.retry or (Retry() if handler.transactional else ONCE)
+
+
+async def end_step(run: Run, handler: Handler, step: Step, outcome: Succeeded | Refused) -> None:
+    """Record what is known of a forward step."""
+    if isinstance(outcome, Succeeded):
+        if not handler.transactional:
+            await run.written(owned_steps.finish_step(run.fence, step.index, outcome.text))
+        step.state, step.output_json = StepState.SUCCEEDED, outcome.text
+    else:
+        await fail(run, step, outcome.reason)
+
+
+async def fail(run: Run, step: Step, reason: str) -> None:
+    """Record that a step did nothing."""
+    await run.written(owned_steps.fail_step(run.fence, step.index, reason))
+    step.state = StepState.FAILED
+    step.output_json = encode({"error": reason}, "fail_step", run.saga_id, step.index)
+
+
+async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bool = True) -> Outcome:
+    """What became of a step that an earlier process left pending, recorded if it can be known.
+
+    Args:
+        run: The saga.
+        handler: The command's handler.
+        step: The pending row.
+        cmd: The command.
+        forward: Whether the saga goes on; a step that surely did nothing is then done, and not only called failed.
+    """
+    did_nothing = handler.transactional or handler.read_only
+    retry = handler.retry
+    if did_nothing and not forward:
+        outcome: Outcome = Refused("its process died before it was done", Stopped("", ""))
+    elif did_nothing or run.again or (retry is not None and step.tries == 0 and may_try(step, retry)):
+        step.deadline_at = due_of(handler)
+        await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
+        outcome = await tried(run, handler, step, cmd, retry_of(handler))
+    else:
+        return Doubt(step.error or "its process died before its outcome was known", None)
+    if not isinstance(outcome, Doubt):
+        await end_step(run, handler, step, outcome)
+    return outcome
+
+
+def due_of(handler: Handler) -> int:
+    return now_ms() + int((handler.timeout + handler.settle) * 1000)
