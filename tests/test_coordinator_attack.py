@@ -458,6 +458,7 @@ def test_a_resumed_function_that_undoes_before_it_did_what_the_log_holds_is_undo
 def test_a_deadline_does_not_stop_an_undo_by_hand(log: SagaLog) -> None:
     shop = Shop()
     with SagaCoordinator(log, shop.bus) as coordinator:
+        undone_by_hand: list[int] = []
 
         @coordinator.saga("late", timeout=0.2)
         def late(ctx: Any, order: int) -> None:
@@ -467,10 +468,12 @@ def test_a_deadline_does_not_stop_an_undo_by_hand(log: SagaLog) -> None:
             while time.time() < deadline.timestamp():
                 """Time passes."""
             ctx.compensate(Release())
+            undone_by_hand.append(ctx.saga_id)
 
         with pytest.raises(SagaFailed, match="its time is up") as failed:
             coordinator.run(late, 1)
     assert failed.value.outcome == "compensated"
+    assert undone_by_hand == [1]
     assert shop.asked[1:] == [("release", f"{shop.asked[0][1]}:undo")]
 
 
@@ -493,8 +496,14 @@ def test_what_would_only_fail_while_a_step_is_done_is_refused_at_registration(ar
         Shop(**arguments)
 
 
-def test_rejections_may_be_listed() -> None:
-    Shop(rejects=[ValueError])
+def test_rejections_may_be_listed(log: SagaLog) -> None:
+    def rejecting(step: StepInfo) -> Done:
+        raise ValueError("sold out")
+
+    shop = Shop(reserve=rejecting, rejects=[ValueError])
+    with SagaCoordinator(log, shop.bus) as coordinator, pytest.raises(SagaFailed, match="failed: ValueError: sold out"):
+        coordinator.run(reserving(coordinator), 1)
+    assert log.get(1).state == "compensated"
 
 
 def test_a_handler_is_never_given_the_key_in_place_of_its_own_parameter() -> None:
