@@ -30,7 +30,8 @@ from sagalog.log.statements import Statement
 from sagalog.testing.crashing import _all_ids, _label, _time_passes
 from tests.crash_matrix import Outside, Scenario, Shop
 
-Strike: TypeAlias = Literal["kill", "stop"]
+Strike: TypeAlias = Literal["kill", "stop", "interrupt"]
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
 LONGEST = 120.0
 
 
@@ -142,11 +143,11 @@ def _unpacked(data: bytes) -> list[Any]:
 class Life:
     """What stands around every log transaction and handler call of a process: it counts the points that it passes.
 
-    At one of them the process kills, or stops, itself.
+    At one of them the process kills, stops or interrupts itself.
 
     Args:
         at: The number of that point; None passes all.
-        strike: "kill" or "stop".
+        strike: How: "kill", "stop" or "interrupt".
         say: Tells the parent at which point.
     """
 
@@ -161,7 +162,7 @@ class Life:
         number, self.passed = self.passed, self.passed + 1
         if number == self._at:
             self._say(label)
-            os.kill(os.getpid(), signal.SIGKILL if self._strike == "kill" else signal.SIGSTOP)
+            os.kill(os.getpid(), _SIGNALS[self._strike])
 
     def __call__(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Any]) -> Any:
         label = _label(effect)
