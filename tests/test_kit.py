@@ -171,7 +171,6 @@ def test_a_run_that_uses_no_fixture_imports_nothing_of_sagalog(project: Project)
             assert not {"sagalog", "sqlalchemy", "alembic", "pydantic"} & set(sys.modules)
         """
     )
-    # Of the other plugins here, these two import such things themselves.
     assert project.run(*PLAIN, "-p", "no:hypothesispytest", "-p", "no:pytest_alembic") == {"passed": 1}
 
 
