@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar, cast
 
 from pydantic import TypeAdapter
-from pydantic_core import from_json, to_json, to_jsonable_python
+from pydantic_core import from_json, to_json
 
 from sagalog.errors import PayloadError, where
 
@@ -88,8 +88,9 @@ def _check_it_reads_back(value: Payload, text: str) -> None:
         raise _Unreadable("U+0000 in a text")
     if to_json(back).decode() != text:
         raise _Unreadable("it reads back as another value")
+    # Python values, for the JSON ones may hold null where a model held NaN.
     if "null" in text and _any_leaf(
-        to_jsonable_python(value), lambda leaf: isinstance(leaf, float) and not math.isfinite(leaf)
+        _adapter(Any).dump_python(value), lambda leaf: isinstance(leaf, float) and not math.isfinite(leaf)
     ):
         raise _Unreadable("NaN or infinity")
 
@@ -101,7 +102,7 @@ def _any_leaf(value: JsonValue, wanted: Any) -> bool:
         if isinstance(item, dict):
             pending.extend(item.keys())
             pending.extend(item.values())
-        elif isinstance(item, list | tuple):
+        elif isinstance(item, list | tuple | set | frozenset):
             pending.extend(item)
         elif wanted(item):
             return True

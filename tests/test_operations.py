@@ -376,6 +376,10 @@ class Holds(BaseModel):
     note: str | None = None
 
 
+class Loose(BaseModel):
+    anything: Any
+
+
 def _nested(depth: int) -> Any:
     value: Any = 1
     for _ in range(depth):
@@ -387,6 +391,8 @@ UNSTORABLE = {
     "nan": math.nan,
     "infinity": {"a": [math.inf]},
     "a model's nan": Holds(number=math.nan),
+    "nan where a model holds anything": Loose(anything=math.nan),
+    "infinity deep in a model": {"a": [Loose(anything={"b": [math.inf]})]},
     "infinity of a model in a list": [Holds(number=-math.inf)],
     "lone surrogate": "\ud800",
     "lone surrogate in a key": {"\udfff": 1},
