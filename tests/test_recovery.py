@@ -377,3 +377,12 @@ def test_a_saga_that_failed_is_told_to_who_waits_for_it(stage: Stage) -> None:
     with pytest.raises(SagaFailed) as failure:
         coordinator.wait(saga_id, timeout=10)
     assert failure.value.outcome == "compensated"
+
+
+def test_a_row_in_a_state_that_nobody_knows_is_a_persons_business(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    saga_id = left_behind(stage)
+    stage.sql("UPDATE saga_step SET state = 'unheard_of' WHERE step_index = 1")
+    report = recoverer(stage).recover()
+    assert "unheard_of" in report.failed_compensation[saga_id]
+    assert shop.calls == ["reserve", "charge"]

@@ -108,7 +108,12 @@ async def finish_claimed(recovery: Recovery, fence: Fence) -> End | None:
     record = await Write(reading.get(fence.saga_id))
     if record.epoch != fence.epoch or record.state in FINAL:
         return None
-    end = await _resolved(recovery, _run_of(recovery, record, fence), record)
+    try:
+        run = _run_of(recovery, record, fence)
+    except ValueError as error:
+        unread = _run_of(recovery, record.model_copy(update={"steps": ()}), fence)
+        return await to_person(unread, f"its rows cannot be read: {error}")
+    end = await _resolved(recovery, run, record)
     if end.waits is not None:
         await Write(owning.release(fence, recovery.executor_id, counted=False))
     return end

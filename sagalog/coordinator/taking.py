@@ -170,6 +170,8 @@ class TakingCore(Core):
             return
         report = RecoveryReport()
         await self.recover_one(job.seen, report, adopt=False)
+        for left in report.left:
+            _log.warning("saga %s (%s) is left: %s", left.saga_id, left.name, left.reason)
         for error in report.errors.values():
             _log.error("recovery of saga %s (%s): %s", job.seen.saga_id, job.seen.name, error)
 

@@ -288,6 +288,12 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
     run.refuse_stopped(undoing=True)
     handler = run.policy.bus.handler_of(cmd)
     check_callable(run.policy, handler)
+    if handler.on_unknown == "compensate":
+        raise UnusableHandler(
+            f"compensate with {handler.name}",
+            'its handler says on_unknown="compensate", and an undo is not undone',
+            hint="An undo is tried again under its key, and then left to a person.",
+        )
     if run.replay:
         index = min(run.replay)
         problem = (
