@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sagalog.coordinator.commands import Command, Compensates, Retry, StepInfo
     from sagalog.coordinator.context import AsyncSagaContext, SagaContext
     from sagalog.coordinator.recover import Left, RecoveryReport
+    from sagalog.coordinator.worker import AsyncWorker, Worker
     from sagalog.errors import (
         InvalidTransition,
         KeyConflict,
@@ -57,6 +58,7 @@ __all__ = [
     "AsyncSagaContext",
     "AsyncSagaCoordinator",
     "AsyncSagaLog",
+    "AsyncWorker",
     "AuditRecord",
     "Command",
     "CommandBus",
@@ -103,6 +105,7 @@ __all__ = [
     "UnresolvedStep",
     "UnusableBind",
     "UnusableHandler",
+    "Worker",
     "WrongEnvironment",
 ]
 
@@ -124,6 +127,7 @@ _HOMES = {
     ),
     "sagalog.coordinator.awaiting": ("AsyncSagaCoordinator",),
     "sagalog.coordinator.blocking": ("SagaCoordinator",),
+    "sagalog.coordinator.worker": ("AsyncWorker", "Worker"),
     "sagalog.log.facade": (
         "AsyncSagaLog",
         "SagaLog",
