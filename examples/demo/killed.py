@@ -26,7 +26,7 @@ ORDERS = (
     Order(number=4, customer="Edsger"),
     Order(number=5, customer="Grace"),
     Order(number=6, customer="Barbara"),
-    Order(number=7, customer="Donald", postcode="ZE2 9PN"),
+    Order(number=7, customer="Donald", quantity=3, pence=1875, postcode="ZE2 9PN"),
     Order(number=8, customer="Ken"),
 )
 STOPS = {
@@ -83,7 +83,7 @@ def kill_a_shop(see: Observer, url: str, outside: Outside) -> None:
         cwd=Path(__file__).parents[2],
     ) as shop:
         assert shop.stdout is not None
-        patience = threading.Timer(60, shop.kill)
+        patience = threading.Timer(30, shop.kill)
         patience.start()
         said = ""
         for line in shop.stdout:

@@ -68,7 +68,7 @@ class Outside:
         self.path = path
 
     @classmethod
-    def found(cls, path: Path, money: Mapping[str, int], stock: Mapping[str, int]) -> Outside:
+    def create(cls, path: Path, money: Mapping[str, int], stock: Mapping[str, int]) -> Outside:
         """Make the file, with the pence that each customer has, and the pieces of each sku."""
         with closing(sqlite3.connect(path)) as connection, connection:
             connection.executescript(_SCHEMA)

@@ -52,9 +52,9 @@ def _rich_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.padding import Padding
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     for head in heads:
-        table.add_column(head, no_wrap=head != heads[-1], overflow="fold")
+        table.add_column(head, no_wrap=head != heads[-1])  # the last column takes what room there is
     for row in rows:
         table.add_row(*row)
     console = Console(markup=False, highlight=False)

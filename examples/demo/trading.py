@@ -22,7 +22,7 @@ PATIENCE = 30.0
 
 def open_outside(path: Path) -> Outside:
     """A bank, a warehouse and a courier, with money and stock in them."""
-    return Outside.found(path, MONEY, STOCK)
+    return Outside.create(path, MONEY, STOCK)
 
 
 def trade(see: Observer, url: str, outside: Outside) -> None:
@@ -68,7 +68,7 @@ def recover(see: Observer, url: str, outside: Outside) -> None:
             ("order", "in doubt", "is now", "because"),
             [
                 (str(order), doubts[order], str(saga.state), saga.failure_reason or "its parcel may have left")
-                for order, saga in now.items()
+                for order, saga in sorted(now.items())
             ],
         )
         see.expect(
@@ -123,7 +123,7 @@ def compare(see: Observer, killed: Count, now: Count) -> None:
         killed: The count between the kill and the recovery, when much was half done.
         now: The count after it.
     """
-    heads = ("", "shop's money", "earned", "tea taken", "sold", "parcels", "completed")
+    heads = ("", "money", "earned", "tea taken", "sold", "parcels", "completed")
     see.table(heads, [killed.row("after the kill"), now.row("after the recovery")])
     found = now.found
     see.expect("the shop has what its completed orders cost", found.money[SHOP], now.earned)
