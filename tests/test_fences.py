@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 
 from sagalog import LeaseLost, SagaLog
-from sagalog.log import owning
+from sagalog.log import owned_steps, owning
 from sagalog.log.database import Operation
-from sagalog.log.owning import Fence
+from sagalog.log.fencing import Fence
 from tests.processes import LONGEST
 
 DONE, DOUBT, UNDONE, UNDO, NEW = range(5)
@@ -31,24 +31,24 @@ def started(log: SagaLog, *, with_steps: bool) -> Fence:
     fence = Fence(drawn.saga_id, 1)
     if with_steps:
         for index in (DONE, DOUBT, UNDONE):
-            write(owning.begin_step(fence, index, "do", "null", 0, cancellable=True))
+            write(owned_steps.begin_step(fence, index, "do", "null", 0, cancellable=True))
         for index in (DONE, UNDONE):
-            write(owning.finish_step(fence, index, "[]"))
-        write(owning.begin_undo(fence, UNDO, "undo", "null", 0, [UNDONE]))
+            write(owned_steps.finish_step(fence, index, "[]"))
+        write(owned_steps.begin_undo(fence, UNDO, "undo", "null", 0, [UNDONE]))
     return fence
 
 
 WRITES: dict[str, Callable[[Fence], Operation[Any]]] = {
-    "begin_step": lambda fence: owning.begin_step(fence, NEW, "do", "null", 0, cancellable=True),
-    "record_step": lambda fence: owning.record_step(fence, NEW, "sagalog.now", "1", cancellable=False),
-    "finish_step": lambda fence: owning.finish_step(fence, DOUBT, "[]"),
-    "finish_step_once": lambda fence: owning.finish_step_once(fence, DOUBT, []),
-    "fail_step": lambda fence: owning.fail_step(fence, DOUBT, "no"),
-    "doubt_step": lambda fence: owning.doubt_step(fence, DOUBT, "lost", 7),
-    "begin_undo": lambda fence: owning.begin_undo(fence, NEW, "undo", "null", 0, [DONE]),
-    "end_undo": lambda fence: owning.end_undo(fence, UNDO, "[]"),
-    "end_undo_once": lambda fence: owning.end_undo_once(fence, UNDO, []),
-    "mark_step_compensated": lambda fence: owning.mark_step_compensated(fence, DONE),
+    "begin_step": lambda fence: owned_steps.begin_step(fence, NEW, "do", "null", 0, cancellable=True),
+    "record_step": lambda fence: owned_steps.record_step(fence, NEW, "sagalog.now", "1", cancellable=False),
+    "finish_step": lambda fence: owned_steps.finish_step(fence, DOUBT, "[]"),
+    "finish_step_once": lambda fence: owned_steps.finish_step_once(fence, DOUBT, "[]"),
+    "fail_step": lambda fence: owned_steps.fail_step(fence, DOUBT, "no"),
+    "doubt_step": lambda fence: owned_steps.doubt_step(fence, DOUBT, "lost", 7),
+    "begin_undo": lambda fence: owned_steps.begin_undo(fence, NEW, "undo", "null", 0, [DONE]),
+    "end_undo": lambda fence: owned_steps.end_undo(fence, UNDO, "[]"),
+    "end_undo_once": lambda fence: owned_steps.end_undo_once(fence, UNDO, "[]"),
+    "mark_step_compensated": lambda fence: owned_steps.mark_step_compensated(fence, DONE),
     "mark_compensating": lambda fence: owning.mark_compensating(fence, "why"),
     "failed": lambda fence: owning.failed(fence, "why"),
     "fail_compensation": lambda fence: owning.fail_compensation(fence, "why"),
