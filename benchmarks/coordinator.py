@@ -155,14 +155,16 @@ def on_postgres(where: Path, rounds: int, sagas: int) -> Iterator[Figure]:
         url = stack.enter_context(postgres_database(server, "bench_coordinator"))
         engine = stack.enter_context(disposing(create_engine(url)))
         upgrade(engine)
-        raw = stack.enter_context(closing(connect(url)))
+        # A database of its own: its explicit ids would be in the way of those that ours draws.
+        raw_url = stack.enter_context(postgres_database(server, "bench_bare"))
+        upgrade(stack.enter_context(disposing(create_engine(raw_url))))
+        raw = stack.enter_context(closing(connect(raw_url)))
         coordinator = stack.enter_context(sync_coordinator(SagaLog(engine)))
         sql = tuple(statement.replace("?", "%s") for statement in BARE)
         ratios = []
-        raw_ids = itertools.count(2**20)
+        raw_ids = itertools.count(1)
         with raw.cursor() as cursor:
             for _ in range(rounds):
-                # Explicit ids stay below the sequence's, which create_saga would else have to move on.
                 base = many(lambda: bare_saga(cursor.execute, sql, next(raw_ids)), sagas)
                 ours = many(lambda: coordinator.run("four", PAYLOAD), sagas)
                 ratios.append(ours / base)
@@ -212,7 +214,7 @@ def recovery(where: Path, count: int) -> Iterator[Figure]:
             began = time.perf_counter()
             report = coordinator.recover()
             ours = time.perf_counter() - began
-        assert len(report.compensated) == count, report
+        assert len(report.compensated) == count, len(report.compensated)
     SagaLog.open(where / "recovery-bare.db").close()
     with closing(bare_file(where / "recovery-bare.db", "normal")) as bare:
         for saga_id in range(1, count + 1):

@@ -386,3 +386,10 @@ def test_a_row_in_a_state_that_nobody_knows_is_a_persons_business(stage: Stage) 
     report = recoverer(stage).recover()
     assert "unheard_of" in report.failed_compensation[saga_id]
     assert shop.calls == ["reserve", "charge"]
+
+
+def test_one_recovery_takes_all_however_many_pages_they_fill(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    Shop(stage.bus)
+    monkeypatch.setattr("sagalog.coordinator.taking._PAGE", 2)
+    sagas = [left_behind(stage) for _ in range(9)]
+    assert sorted(recoverer(stage).recover().compensated) == sagas

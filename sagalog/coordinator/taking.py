@@ -51,7 +51,7 @@ class TakingCore(Core):
         done = 0
         passed: set[int] = set()
         while limit is None or done < limit:
-            page, full = await self.claimable(report, passed, adopt=adopt)
+            page, full = await self.claimable(report, passed, adopt=adopt, most=_PAGE)
             for seen in page:
                 if limit is not None and done >= limit:
                     break
@@ -84,7 +84,7 @@ class TakingCore(Core):
         return await Write(reading.get(saga_id))
 
     async def claimable(
-        self, report: RecoveryReport, passed: set[int], *, adopt: bool, most: int = _PAGE
+        self, report: RecoveryReport, passed: set[int], *, adopt: bool, most: int
     ) -> tuple[list[Candidate], bool]:
         """Sagas that this process can take over now, and whether there may be more."""
         now = now_ms()
@@ -107,7 +107,7 @@ class TakingCore(Core):
                 report.left.append(Left(seen.saga_id, seen.name, "a step may still be under way", until))
             else:
                 page.append(seen)
-        return page[:most], len(found) >= limit
+        return page[:most], len(found) >= limit or len(page) > most
 
     async def recover_one(self, seen: Candidate, report: RecoveryReport, *, adopt: bool) -> int:
         """Take one saga over; whatever it raises is noted, and the others go on.
