@@ -393,3 +393,14 @@ def test_one_recovery_takes_all_however_many_pages_they_fill(stage: Stage, monke
     monkeypatch.setattr("sagalog.coordinator.taking._PAGE", 2)
     sagas = [left_behind(stage) for _ in range(9)]
     assert sorted(recoverer(stage).recover().compensated) == sagas
+
+
+@pytest.mark.parametrize("charging", [{"retry": NO_WAIT}, {"read_only": True}], ids=["retried", "read only"])
+def test_a_failed_saga_with_a_step_in_doubt_is_settled_and_undone(stage: Stage, charging: Any) -> None:
+    shop = Shop(stage.bus, **charging)
+    shop.fails("charge", Killed())
+    saga_id = left_behind(stage)
+    stage.sql("UPDATE saga SET state = 'failed', failure_reason = 'no handler there'")
+    report = recoverer(stage).recover()
+    assert (report.compensated, report.errors) == ([saga_id], {})
+    assert shop.calls[-1] == "release"

@@ -69,12 +69,13 @@ async def unwind(run: Run, reason: str) -> End:
         if any(step.state is StepState.PENDING for step in run.steps.values()):
             await _reload(run)
         _refuse_unknown(run)
+        if run.state is SagaState.FAILED:
+            await _begin(run, reason)  # of a failed saga no step can be ended
         await _settle_doubts(run)
         if run.reached_pivot:
             return await to_person(run, f"{reason}; a step that cannot be undone succeeded, or is in doubt")
-        if run.state is not SagaState.COMPENSATING and any(step.open for step in run.steps.values()):
-            await run.written(owning.mark_compensating(run.fence, reason))
-            run.state = SagaState.COMPENSATING
+        if any(step.open for step in run.steps.values()):
+            await _begin(run, reason)
         for step in run.forward():
             if step.open:
                 await _undo(run, step)
@@ -89,6 +90,12 @@ async def unwind(run: Run, reason: str) -> End:
     await run.written(owning.compensated(run.fence, reason))
     run.state = SagaState.COMPENSATED
     return End(run.state, reason)
+
+
+async def _begin(run: Run, reason: str) -> None:
+    if run.state is not SagaState.COMPENSATING:
+        await run.written(owning.mark_compensating(run.fence, reason))
+        run.state = SagaState.COMPENSATING
 
 
 async def to_person(run: Run, reason: str) -> End:
