@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from sagalog.coordinator.bus import CommandBus, OnUnknown
 from sagalog.coordinator.context import AsyncSagaContext
@@ -36,15 +35,9 @@ from sagalog.records import SagaRecord
 if TYPE_CHECKING:
     from sagalog.log.facade import AsyncTarget
 
-_log = logging.getLogger("sagalog")
 Input = TypeVar("Input")
 R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
 _HANDLER_THREADS = 64
-
-
-Interpose: TypeAlias = Callable[[Effect[Any], Callable[[Effect[Any]], Any]], Any]
-"""What `sagalog.testing.crash_points` puts around every log transaction and every handler call."""
 
 
 class AsyncSagaCoordinator(Shell):
@@ -186,7 +179,7 @@ class AsyncSagaCoordinator(Shell):
     async def _called(self, effect: Invoke[Any]) -> Any:
         handler = effect.handler
         if handler.transactional:
-            return await self._transactions.aperform(effect, effect.arguments)
+            return await self._transactions.aperform(effect)
         if handler.signature.is_async:
             return await handler.function(*effect.arguments(None))
         if self._threads is None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
 from contextvars import copy_context
 from datetime import datetime
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from sagalog.coordinator.bus import CommandBus, OnUnknown
 from sagalog.coordinator.context import SagaContext
@@ -34,15 +33,8 @@ from sagalog.records import SagaRecord
 if TYPE_CHECKING:
     from sagalog.log.facade import SyncTarget
 
-_log = logging.getLogger("sagalog")
 Input = TypeVar("Input")
 R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
-_HANDLER_THREADS = 64
-
-
-Interpose: TypeAlias = Callable[[Effect[Any], Callable[[Effect[Any]], Any]], Any]
-"""What `sagalog.testing.crash_points` puts around every log transaction and every handler call."""
 
 
 class SagaCoordinator(Shell):
@@ -252,7 +244,7 @@ class SagaCoordinator(Shell):
         ticket = executor.watch(effect.fence, effect.info.step_index, handler.timeout, handler.settle)
         try:
             if handler.transactional:
-                return self._transactions.perform(effect, effect.arguments)
+                return self._transactions.perform(effect)
             return handler.function(*effect.arguments(None))
         finally:
             executor.unwatch(ticket)

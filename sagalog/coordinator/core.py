@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -36,26 +37,17 @@ _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5
 _ENDED = (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED)
 
 
+@dataclass(eq=False)
 class Core:
     """A coordinator's settings and flows."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        executor: Executor,
-        *,
-        on_crash: OnCrash,
-        max_recoveries: int,
-        environment: str | None,
-    ) -> None:
-        self.policy = policy
-        self.executor = executor
-        self.on_crash: OnCrash = on_crash
-        self.max_recoveries = max_recoveries
-        self.environment = environment
-        self.definitions: dict[str, Definition] = {}
-        self._of_function: dict[Any, Definition] = {}
-        """Until when a worker leaves a saga alone for which nothing could be done; `recover` tries it at once."""
+    policy: Policy
+    executor: Executor
+    on_crash: OnCrash
+    max_recoveries: int
+    environment: str | None
+    definitions: dict[str, Definition] = field(default_factory=dict)
+    _of_function: dict[Any, Definition] = field(default_factory=dict)
 
     # Definitions
 
@@ -147,6 +139,7 @@ class Core:
             coming.discard(ticket)
 
     async def claimed(self, claim: Operation[bool], fence: Fence) -> bool:
+        """Whether a claim of this process won."""
         try:
             return await self._taking(Write(claim), lambda won: fence if won else None)
         except LogUnavailable:
@@ -251,6 +244,7 @@ def _input_text(definition: Definition, input: Any, key: str | None) -> str:
 
 
 def deadline_of(definition: Definition) -> int | None:
+    """When a saga that starts now runs out of time; Unix milliseconds."""
     return None if definition.timeout is None else now_ms() + int(definition.timeout * 1000)
 
 

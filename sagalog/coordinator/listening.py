@@ -9,9 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from sqlalchemy import Engine
-
-from sagalog.log.apart import inner_bind
+from sagalog.log.apart import inner_bind, own_engine
 from sagalog.log.engine import EngineBind
 
 _log = logging.getLogger("sagalog")
@@ -25,11 +23,6 @@ def _postgres(log: Any) -> EngineBind | None:
     return bind if isinstance(bind, EngineBind) and bind.engine.dialect.name == "postgresql" else None
 
 
-def _own(engine: Engine) -> Engine:
-    """The same database by connections that are not the host's."""
-    return Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=True)
-
-
 def _listen_on(channel: str) -> str:
     return f'LISTEN "{channel}"'
 
@@ -38,7 +31,7 @@ class Listener:
     """A thread that listens."""
 
     def __init__(self, bind: EngineBind, told: Callable[[], None]) -> None:
-        self._engine = _own(bind.engine)
+        self._engine = own_engine(bind.engine)
         self._channel = bind.sql.executors.channel
         self._told = told
         self._stop = threading.Event()
@@ -86,7 +79,7 @@ async def alisten(log: Any, told: Callable[[], None]) -> None:
     bind = _postgres(log)
     if bind is None:
         return
-    engine = AsyncEngine(_own(bind.engine))
+    engine = AsyncEngine(own_engine(bind.engine))
     try:
         while True:
             try:

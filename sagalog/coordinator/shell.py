@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from sagalog.coordinator.bus import CommandBus, OnUnknown
 from sagalog.coordinator.definition import define
@@ -22,14 +22,8 @@ from sagalog.log.apart import apart_of, inner_bind
 from sagalog.log.caller import CallerBind
 from sagalog.log.facade import AsyncSagaLog, SagaLog
 
-if TYPE_CHECKING:
-    pass
-
 _log = logging.getLogger("sagalog")
-Input = TypeVar("Input")
-R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
-_HANDLER_THREADS = 64
 
 
 Interpose: TypeAlias = Callable[[Effect[Any], Callable[[Effect[Any]], Any]], Any]

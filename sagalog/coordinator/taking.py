@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sagalog.coordinator.core import Core, deadline_of
@@ -35,13 +36,17 @@ class Job(NamedTuple):
     submitted: bool
 
 
+@dataclass(eq=False)
 class TakingCore(Core):
-    """A core that also takes over what it did not start itself."""
+    """A core that also takes over what it did not start itself.
 
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._not_before: dict[int, int] = {}
-        self._pauses: dict[int, int] = {}
+    Attributes:
+        _not_before: Until when nothing can be done for a saga, for a step may still be under way.
+        _pauses: Until when a worker leaves a saga alone for which nothing could be done; `recover` tries it at once.
+    """
+
+    _not_before: dict[int, int] = field(default_factory=dict)
+    _pauses: dict[int, int] = field(default_factory=dict)
 
     async def recover(self, limit: int | None, *, adopt: bool) -> RecoveryReport:
         """Take over what was left, one saga after the other."""
@@ -70,8 +75,7 @@ class TakingCore(Core):
         await self.check_environment()
         await self.registered()
         record = await Write(reading.get(saga_id))
-        if record.name not in self.definitions:
-            self.definition_of(record.name)
+        self.definition_of(record.name)
         recovery = Recovery(
             self.policy, self.definitions, self.on_crash, self.max_recoveries, self.executor.executor_id, again
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -16,7 +16,7 @@ from sagalog.coordinator.effects import Invoke
 from sagalog.errors import SagaLogError, UnusableBind
 from sagalog.log.apart import inner_bind
 from sagalog.log.caller import CallerBind
-from sagalog.log.connections import file_uri
+from sagalog.log.connections import file_engine, file_uri
 from sagalog.log.database import Call, Kind, Operation
 from sagalog.log.engine import EngineBind
 from sagalog.log.faults import driver_error, is_transient, translate
@@ -51,6 +51,7 @@ class Transactions:
         return self._engine
 
     def _file(self) -> tuple[str, str]:
+        """The path, and SQLite's `synchronous`."""
         assert isinstance(self._inner, FileBind)
         if self._inner.path is None:
             raise UnusableBind(
@@ -58,39 +59,27 @@ class Transactions:
                 "the log's database is in memory, of one connection, and no Session can share it",
                 hint="Give SagaLog an Engine, or open a file.",
             )
-        return file_uri(self._inner.path), {"full": "FULL", "normal": "NORMAL"}[self._inner.durability]
+        return self._inner.path, self._inner.durability.upper()
 
     def _file_engine(self) -> Engine:
-        import sqlite3
-
-        uri, synchronous = self._file()
-        engine = create_engine(
-            "sqlite://",
-            creator=lambda: sqlite3.connect(uri, uri=True, timeout=5.0, check_same_thread=False),
-            poolclass=NullPool,
-        )
+        path, synchronous = self._file()
+        engine = file_engine(path)
         _as_durable(engine, synchronous)
         return engine
 
-    def perform(self, effect: Invoke[Any], arguments: Any) -> Any:
+    def perform(self, effect: Invoke[Any]) -> Any:
         """Call a sync handler with a Session, and commit what it wrote with the end of its step."""
         engine = self._sync_engine()
         if engine.dialect.is_async:
             raise UnusableBind("a transactional handler", "the engine is async", hint="Use an AsyncSagaCoordinator.")
         with Session(engine) as session:
-            return self._inside(session, effect, arguments, None)
+            return self._inside(session, effect, None)
 
-    def in_greenlet(self, effect: Invoke[Any], arguments: Any, session: Session) -> Any:
-        """The same on the sync counterpart of an AsyncSession, for a sync handler."""
-        from sagalog.log.asynchronous import sleep_in_greenlet
-
-        return self._inside(session, effect, arguments, sleep_in_greenlet)
-
-    def _inside(self, session: Session, effect: Invoke[Any], arguments: Any, sleep: Any) -> Any:
+    def _inside(self, session: Session, effect: Invoke[Any], sleep: Any) -> Any:
         caller = self._begun(session, sleep)
         try:
             with _not_committed(session):
-                value = effect.handler.function(*arguments(session))
+                value = effect.handler.function(*effect.arguments(session))
         except Exception as error:
             raise self._told(error) from error
         self._end(session, caller, effect, value)
@@ -118,26 +107,28 @@ class Transactions:
             return error
         return translate(error, _COMMIT, "the log's database", committing=False)
 
-    async def aperform(self, effect: Invoke[Any], arguments: Any) -> Any:
+    async def aperform(self, effect: Invoke[Any]) -> Any:
         """Call a handler, sync or async, with the AsyncSession or its sync counterpart."""
         from sqlalchemy.ext.asyncio import AsyncSession
+
+        from sagalog.log.asynchronous import sleep_in_greenlet
 
         if not effect.handler.signature.is_async and isinstance(self._inner, FileBind):
             import asyncio
 
-            return await asyncio.to_thread(self.perform, effect, arguments)
+            return await asyncio.to_thread(self.perform, effect)
         async with AsyncSession(self._asyncs()) as session:
             if not effect.handler.signature.is_async:
-                return await session.run_sync(lambda sync: self.in_greenlet(effect, arguments, sync))
-            return await self._around(session, effect, arguments)
+                return await session.run_sync(lambda sync: self._inside(sync, effect, sleep_in_greenlet))
+            return await self._around(session, effect)
 
-    async def _around(self, session: Any, effect: Invoke[Any], arguments: Any) -> Any:
+    async def _around(self, session: Any, effect: Invoke[Any]) -> Any:
         from sagalog.log.asynchronous import decided, sleep_in_greenlet
 
         caller = await session.run_sync(lambda sync: self._begun(sync, sleep_in_greenlet))
         try:
             with _not_committed(session.sync_session):
-                value = effect.handler.function(*arguments(session))
+                value = effect.handler.function(*effect.arguments(session))
                 if inspect.isawaitable(value):
                     value = await value
         except Exception as error:
@@ -152,8 +143,9 @@ class Transactions:
             if isinstance(self._inner, EngineBind):
                 self._async_engine = AsyncEngine(self._inner.engine)
             else:
-                uri, synchronous = self._file()
-                self._async_engine = create_async_engine(f"sqlite+aiosqlite:///{uri}&uri=true", poolclass=NullPool)
+                path, synchronous = self._file()
+                url = f"sqlite+aiosqlite:///{file_uri(path)}&uri=true"
+                self._async_engine = create_async_engine(url, poolclass=NullPool)
                 _as_durable(self._async_engine.sync_engine, synchronous)
         return self._async_engine
 

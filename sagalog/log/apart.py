@@ -43,11 +43,13 @@ def apart_of(bind: object) -> Apart | None:
         return _Shared(inner) if inner.path is None else FileBind(inner.path, inner.sql, durability=inner.durability)
     if not isinstance(inner, EngineBind) or isinstance(inner.engine.pool, StaticPool | SingletonThreadPool):
         return None
-    engine = inner.engine
-    again = Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=True)
-    if engine.dialect.is_async:
-        return _InOwnLoop(again, inner)
-    return EngineBind(again, inner.sql, owned=True)
+    own = own_engine(inner.engine)
+    return _InOwnLoop(own, inner) if own.dialect.is_async else EngineBind(own, inner.sql, owned=True)
+
+
+def own_engine(engine: Engine) -> Engine:
+    """The same database by connections that are not the host's."""
+    return Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=True)
 
 
 def inner_bind(bind: object) -> object:

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Literal, TypeAlias
 from urllib.parse import quote
 
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.pool import NullPool
+
 from sagalog.log.bind import retry_while_busy
 from sagalog.log.database import CursorDatabase
 from sagalog.log.forking import leave_to_parent
@@ -22,6 +25,16 @@ _JOURNAL_LIMIT = 64 * 1024 * 1024
 def file_uri(path: str) -> str:
     """What SQLite opens for reading and writing, and does not create."""
     return f"file:{quote(os.path.abspath(path))}?mode=rw"
+
+
+def file_engine(path: str) -> Engine:
+    """An engine on the file, with a new connection each time."""
+    uri = file_uri(path)
+
+    def connect() -> sqlite3.Connection:
+        return sqlite3.connect(uri, uri=True, timeout=5.0, check_same_thread=False)
+
+    return create_engine("sqlite://", creator=connect, poolclass=NullPool)
 
 
 class Connections:

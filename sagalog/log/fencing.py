@@ -41,14 +41,16 @@ class Owned(Decided):
     Args:
         fence: The owner.
         decided: The same write of anybody.
+        cancellable: Whether it is refused once a cancel was asked for; `CancelAsked` tells.
     """
 
-    __slots__ = ("_epoch", "_unowned")
+    __slots__ = ("_cancellable", "_epoch", "_unowned")
 
-    def __init__(self, fence: Fence, decided: Decided) -> None:
+    def __init__(self, fence: Fence, decided: Decided, *, cancellable: bool = False) -> None:
         values = decided._values
         values["epoch_"] = self._epoch = fence.epoch
         self._unowned = decided._explain
+        self._cancellable = cancellable
         super().__init__(
             decided.asked, decided.kind, decided._statement, values, self._why, fence.saga_id, decided.step_index
         )
@@ -57,8 +59,11 @@ class Owned(Decided):
         return self._statement(db.sql.owned)  # type: ignore[arg-type]
 
     def _why(self, db: Database) -> SagaLogError | None:
-        check_owner(db, self.asked, Fence(self.saga_id, self._epoch), self.step_index)
-        return self._unowned(db)
+        head = check_owner(db, self.asked, Fence(self.saga_id, self._epoch), self.step_index)
+        refusal = self._unowned(db)
+        if refusal is not None and self._cancellable and head[5] is not None:
+            return CancelAsked(self.asked, self.saga_id, head[5])
+        return refusal
 
 
 def check_owner(db: Database, asked: str, fence: Fence, step_index: int | None = None) -> tuple[Any, ...]:
@@ -74,12 +79,8 @@ def check_owner(db: Database, asked: str, fence: Fence, step_index: int | None =
     return head
 
 
-def refuse_cancelled(asked: str, fence: Fence, head: tuple[Any, ...], *, cancellable: bool) -> None:
-    if cancellable and head[5] is not None:
-        raise CancelAsked(asked, fence.saga_id, head[5])
-
-
 def note_doubt(db: Database, fence: Fence, step_index: int, error: str | None, deadline_at: int) -> None:
+    """Write at a pending step what was raised, and until when a try of it may be under way."""
     values = {
         "id_": fence.saga_id,
         "index_": step_index,
@@ -92,6 +93,7 @@ def note_doubt(db: Database, fence: Fence, step_index: int, error: str | None, d
 
 
 def raise_refused(db: Database, asked: str, fence: Fence, step_index: int, target: StepState) -> None:
+    """Why a write to a step changed nothing; it always raises."""
     check_owner(db, asked, fence, step_index)
     for _name, state, *_ in db.fetch(db.sql.step_row, id_=fence.saga_id, index_=step_index):
         raise step_refused(asked, fence.saga_id, step_index, target, state)

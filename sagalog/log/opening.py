@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url
+from sqlalchemy import URL, Connection, Engine, make_url
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
-from sqlalchemy.pool import NullPool
 
 from sagalog.errors import UnusableBind
 from sagalog.log.bind import Bind, read_found
 from sagalog.log.caller import CallerBind
-from sagalog.log.connections import Durability, file_uri
+from sagalog.log.connections import Durability, file_engine
 from sagalog.log.database import Call, Kind, Operation
 from sagalog.log.engine import EngineBind
 from sagalog.log.faults import driver_error, translate
@@ -127,8 +125,7 @@ def open_file(path: str, durability: Durability, *, migrate: bool) -> FileBind:
             pass  # another process created it just now
         except OSError as error:
             raise translate(error, _OPENING, path, committing=False) from error
-    file = file_uri(path)
-    engine = create_engine("sqlite://", creator=lambda: _connect(file), poolclass=NullPool)
+    engine = file_engine(path)
     try:
         prepare_schema(engine, migrate=migrate, name=path)
         with engine.connect() as connection:
@@ -136,10 +133,6 @@ def open_file(path: str, durability: Durability, *, migrate: bool) -> FileBind:
     except SQLAlchemyError as error:
         raise translate(error, _OPENING, path, committing=False) from driver_error(error)
     return FileBind(path, statements_at(Placement()), durability=durability)
-
-
-def _connect(file: str) -> sqlite3.Connection:
-    return sqlite3.connect(file, uri=True, timeout=5.0, check_same_thread=False)
 
 
 def open_memory() -> FileBind:

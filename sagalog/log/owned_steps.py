@@ -8,8 +8,8 @@ from typing import Any
 
 from sagalog.errors import InvalidTransition, SagaLogError, StepNotFound
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.fencing import AlreadyEnded, Fence, Owned, check_owner, note_doubt, raise_refused, refuse_cancelled
-from sagalog.log.guarded import Decided, head_of, refused_by_saga, step_refused
+from sagalog.log.fencing import AlreadyEnded, Fence, Owned, check_owner, note_doubt, raise_refused
+from sagalog.log.guarded import Decided, refused_by_saga, step_refused
 from sagalog.log.statements import Statement, Statements
 from sagalog.log.steps import ending
 from sagalog.log.steps import mark_step_compensated as _mark_any_step_compensated
@@ -59,12 +59,11 @@ def _inserting(
                 return None
             problem = f"row {index} holds {name!r}, {state!r}, which this process did not write"
             return InvalidTransition(asked, problem, saga_id=fence.saga_id, step_index=index, found=state)
-        head = head_of(db, asked, fence.saga_id, index)
-        refuse_cancelled(asked, fence, head, cancellable=cancellable)
         return refused_by_saga(db, asked, fence.saga_id, index, OPEN_FOR_STEPS)
 
     values["id_"] = fence.saga_id
-    return Owned(fence, Decided(asked, Kind.WRITE, statement, values, explain, fence.saga_id, index))
+    decided = Decided(asked, Kind.WRITE, statement, values, explain, fence.saga_id, index)
+    return Owned(fence, decided, cancellable=cancellable)
 
 
 def finish_step(fence: Fence, step_index: int, output_json: str) -> Operation[None]:
@@ -81,10 +80,10 @@ def fail_step(fence: Fence, step_index: int, reason: str) -> Operation[None]:
 def _ended(
     fence: Fence, step_index: int, target: StepState, text: str, statement: Callable[[Statements], Statement]
 ) -> Owned:
-    return Owned(fence, ending(statement_name(target), fence.saga_id, step_index, target, text, statement))
+    return Owned(fence, ending(_asked(target), fence.saga_id, step_index, target, text, statement))
 
 
-def statement_name(target: StepState) -> str:
+def _asked(target: StepState) -> str:
     """What an ending is called in messages."""
     return {StepState.SUCCEEDED: "finish_step", StepState.FAILED: "fail_step"}.get(target, "end_undo")
 
@@ -187,7 +186,7 @@ def _once(
     target: StepState,
     end: Callable[[Database, Fence, int, str], int],
 ) -> Operation[None]:
-    asked = statement_name(target)
+    asked = _asked(target)
 
     def run(db: Database) -> None:
         if end(db, fence, step_index, output_json) == 1:

@@ -10,10 +10,8 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
-from sagalog.errors import SagaLogError
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.fencing import Fence, Owned, note_doubt, refuse_cancelled
-from sagalog.log.guarded import head_of
+from sagalog.log.fencing import Fence, Owned, note_doubt
 from sagalog.log.sagas import Drawn, NewSaga, moving, new_token
 from sagalog.log.statements import Statement, Statements
 from sagalog.log.statements.sagas import SagaStatements
@@ -30,7 +28,6 @@ def begin_saga(
     executor_id: str | None,
     deadline_at: int | None = None,
     run_at: int | None = None,
-    trace_context: str | None = None,
     token: str | None = None,
 ) -> Operation[Drawn]:
     """Create a saga that runs under an executor, or, without one, is submitted; or find the one of the key.
@@ -43,7 +40,6 @@ def begin_saga(
         executor_id: Who runs it; None submits it for any worker.
         deadline_at: After it the saga is undone; Unix milliseconds.
         run_at: A submitted saga is not started before; Unix milliseconds.
-        trace_context: Where it was started, for telemetry.
         token: Random; one is made if none is given.
 
     Raises:
@@ -61,7 +57,6 @@ def begin_saga(
         "epoch_": 0 if executor_id is None else 1,
         "run_at_": run_at,
         "deadline_": deadline_at,
-        "trace_": trace_context,
     }
     new = NewSaga(asked, values, _owned_statements)
     if executor_id is not None:
@@ -122,23 +117,14 @@ def complete(fence: Fence, result_json: str, *, cancellable: bool) -> Operation[
         CancelAsked: A cancel was asked for.
     """
     asked = "complete"
-    target = SagaState.COMPLETED
 
     def statement(sql: Any) -> Statement:
         chosen: Statement = sql.complete(cancellable)
         return chosen
 
-    decided = moving(asked, fence.saga_id, target, Kind.LOCKED, statement, None)
-    unrefused = decided._explain
-
-    def explain(db: Database) -> SagaLogError | None:
-        head = head_of(db, asked, fence.saga_id)
-        refuse_cancelled(asked, fence, head, cancellable=cancellable and head[1] != target)
-        return unrefused(db)
-
-    decided._explain = explain
+    decided = moving(asked, fence.saga_id, SagaState.COMPLETED, Kind.LOCKED, statement, None)
     decided._values["result_"] = result_json
-    return Owned(fence, decided)
+    return Owned(fence, decided, cancellable=cancellable)
 
 
 def release(fence: Fence, executor_id: str, *, counted: bool) -> Operation[None]:
@@ -161,7 +147,7 @@ def release_begun(token: str, executor_id: str) -> Operation[None]:
     """Give back a saga that may have been begun under this token, when its start was stopped before its answer."""
 
     def run(db: Database) -> None:
-        for saga_id, _state in db.fetch(db.sql.saga_of_token, token_=token):
+        for (saga_id,) in db.fetch(db.sql.saga_of_token, token_=token):
             release(Fence(saga_id, 1), executor_id, counted=True).run(db)
 
     return Call("release", Kind.SEVERAL, run)

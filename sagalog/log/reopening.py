@@ -47,8 +47,7 @@ def reopen(saga_id: int, target: SagaState, *, note: str, actor: str, again: boo
                 hint=f"Find out what became of it, and say so: sagalog resolve-step {saga_id} {pending[0]}. "
                 "Or send it again under its key: --again.",
             )
-        values = {"id_": saga_id, "epoch_": epoch, "state_": target.value}
-        if db.write(db.sql.owned.move_by_operator, values) != 1:
+        if db.write(db.sql.owned.reopen(target), {"id_": saga_id, "epoch_": epoch}) != 1:
             raise InvalidTransition(
                 asked,
                 f"the saga is {found!r}, and only one in 'failed_compensation' is tried again",

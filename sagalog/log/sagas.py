@@ -89,7 +89,6 @@ class Drawn(NamedTuple):
 
     saga_id: int
     created: bool
-    state: str
 
 
 class NewSaga:
@@ -114,8 +113,8 @@ class NewSaga:
         """
         values = self._values
         if self._sent:
-            for saga_id, state in db.fetch(db.sql.saga_of_token, token_=values["token_"]):
-                return Drawn(saga_id, created=True, state=state)
+            for (saga_id,) in db.fetch(db.sql.saga_of_token, token_=values["token_"]):
+                return Drawn(saga_id, created=True)
         self._sent = True
         sql = self._sql(db)
         statement = sql.create_saga_postgres if db.on_postgres else sql.create_saga_sqlite
@@ -123,11 +122,11 @@ class NewSaga:
             made = db.fetch(statement, **values, at_=db.now())
             if made:
                 db.writes += 1
-                return Drawn(made[0][0], created=True, state=values.get("state_", SagaState.RUNNING))
+                return Drawn(made[0][0], created=True)
             if values["key_"] is not None:
                 for found in db.fetch(db.sql.saga_of_key, name_=values["name_"], key_=values["key_"]):
                     if found[1] == values["input_"]:
-                        return Drawn(found[0], created=found[3] == values["token_"], state=found[2])
+                        return Drawn(found[0], created=found[3] == values["token_"])
                     raise KeyConflict(values["name_"], found[0], found[2])
             self._move_ids_on(db)
         raise LogUnavailable(self._asked, "other processes took every id it drew", hint="Repeat it.")

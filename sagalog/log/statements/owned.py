@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, exists, func, literal_column, null, select, true, update
+from sqlalchemy import ColumnElement, and_, exists, func, literal_column, null, select, true, update
 
 from sagalog.log.statements.clause import Statement, bind, literal, one_of
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.log.statements.steps import StepStatements
-from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, SagaState, StepState, step_sources
+from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, Actor, SagaState, StepState
 
 
 class OwnedStatements(SagaStatements, StepStatements):
@@ -47,7 +47,6 @@ class OwnedStatements(SagaStatements, StepStatements):
             "epoch": bind("epoch_"),
             "run_at": bind("run_at_"),
             "deadline_at": bind("deadline_"),
-            "trace_context": bind("trace_"),
         }
 
     @cached_property
@@ -106,30 +105,23 @@ class OwnedStatements(SagaStatements, StepStatements):
         also = self._not_cancelled if cancellable else true()
         return Statement(self._insert_step(OPEN_FOR_STEPS, ended, also).on_conflict_do_nothing())
 
-    def _end_step(self, target: StepState) -> Statement:
-        return Statement(
-            update(self.step)
-            .where(self._this_step, one_of(step_sources(target), self.step.c.state), self._saga_is(OPEN_FOR_STEPS))
-            .values(state=literal(target), output_json=bind("output_"), ended_at=bind("at_"))
-        )
+    @property
+    def _may_write(self) -> ColumnElement[bool]:
+        return self._saga_is(OPEN_FOR_STEPS)
 
     @cached_property
     def note_doubt(self) -> Statement:
         """What was raised last, if something was, and until when a try may still be under way."""
         return Statement(
             update(self.step)
-            .where(self._this_step, self.step.c.state == literal(StepState.PENDING), self._saga_is(OPEN_FOR_STEPS))
+            .where(self._this_step, self.step.c.state == literal(StepState.PENDING), self._may_write)
             .values(error=func.coalesce(bind("error_"), self.step.c.error), deadline_at=bind("deadline_"))
         )
 
     @cached_property
     def end_undo(self) -> Statement:
-        """The row of an undo, pending, is done."""
-        return Statement(
-            update(self.step)
-            .where(self._this_step, self.step.c.state == literal(StepState.PENDING), self._saga_is(OPEN_FOR_STEPS))
-            .values(state=literal(StepState.COMPENSATED), output_json=bind("output_"), ended_at=bind("at_"))
-        )
+        """The row of an undo is done."""
+        return self._end_step(StepState.COMPENSATED)
 
     @cached_property
     def link_undo(self) -> Statement:
@@ -139,7 +131,7 @@ class OwnedStatements(SagaStatements, StepStatements):
             .where(
                 self._this_step,
                 one_of((StepState.PENDING, StepState.SUCCEEDED), self.step.c.state),
-                self._saga_is(OPEN_FOR_STEPS),
+                self._may_write,
             )
             .values(compensated_by=bind("undo_"))
         )
@@ -150,22 +142,18 @@ class OwnedStatements(SagaStatements, StepStatements):
         which = and_(self.step.c.saga_id == bind("id_"), self.step.c.compensated_by == bind("index_"))
         return self._mark_compensated(which, (StepState.PENDING, StepState.SUCCEEDED))
 
-    @cached_property
-    def move_by_operator(self) -> Statement:
+    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    def reopen(self, target: SagaState) -> Statement:
         """A saga that needs a person is given back to recovery."""
-        c = self.saga.c
-        running = literal(SagaState.RUNNING)
-        return Statement(
-            update(self.saga)
-            .where(self._this_saga, c.state == literal(SagaState.FAILED_COMPENSATION))
-            .values(
-                state=case((bind("state_") == running, running), else_=literal(SagaState.COMPENSATING)),
-                executor_id=null(),
-                epoch=c.epoch + literal_column("1"),
-                recoveries=literal_column("0"),
-                terminal_at=null(),
-            )
+        moved = self._move_saga(
+            target,
+            Actor.RETRY,
+            executor_id=null(),
+            epoch=self.saga.c.epoch + literal_column("1"),
+            recoveries=literal_column("0"),
+            terminal_at=null(),
         )
+        return Statement(moved)
 
     @cached_property
     def to_quarantine(self) -> Statement:

@@ -94,7 +94,7 @@ class SagaStatements(Tables):
         """A saga that has not ended, by its random token: an insert of one's own whose answer was lost."""
         c = self.saga.c
         open_, waiting = (
-            select(c.saga_id, c.state).where(one_of(states, c.state), c.token == bind("token_"))
+            select(c.saga_id).where(one_of(states, c.state), c.token == bind("token_"))
             for states in (UNRESOLVED, ATTENTION)
         )
         return Statement(open_.union_all(waiting))

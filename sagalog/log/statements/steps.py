@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, func, select, true, update
 
 from sagalog.log.statements.clause import Statement, bind, literal, one_of
 from sagalog.log.statements.tables import Tables
@@ -43,10 +43,15 @@ class StepStatements(Tables):
         }
         return Statement(self._insert_step(NOT_FINAL, ended).on_conflict_do_nothing())
 
+    @property
+    def _may_write(self) -> ColumnElement[bool]:
+        """What more a write to a step asks for: of anybody nothing."""
+        return true()
+
     def _end_step(self, target: StepState) -> Statement:
         return Statement(
             update(self.step)
-            .where(self._this_step, one_of(step_sources(target), self.step.c.state))
+            .where(self._this_step, one_of(step_sources(target), self.step.c.state), self._may_write)
             .values(state=literal(target), output_json=bind("output_"), ended_at=bind("at_"))
         )
 
