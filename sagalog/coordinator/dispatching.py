@@ -12,11 +12,18 @@ from sagalog.coordinator.bus import RESERVED, Handler
 from sagalog.coordinator.effects import Call, Together
 from sagalog.coordinator.run import Policy, Run, Step, Stopped
 from sagalog.coordinator.signature import takes_none
-from sagalog.coordinator.trying import Doubt, Refused, end_step, known, retry_of, tried
-from sagalog.errors import (
-    StepFailed,
-    UnusableHandler,
+from sagalog.coordinator.trying import (
+    Doubt,
+    Refused,
+    Succeeded,
+    due_of,
+    end_step,
+    failure_of_step,
+    known,
+    retry_of,
+    tried,
 )
+from sagalog.errors import UnusableHandler
 from sagalog.log import fencing, owned_steps
 from sagalog.log.database import Operation
 from sagalog.moments import from_ms, now_ms
@@ -60,71 +67,64 @@ def check_callable(policy: Policy, handler: Handler) -> None:
 async def dispatch(run: Run, cmd: Any) -> Any:
     """Do a command: write it, call its handler, write how it ended."""
     run.refuse_stopped()
-    handler = admitted(run, cmd)
-    index = run.take_index()
-    text = encode(cmd, f"dispatch of {handler.name}", run.saga_id, index)
-    recorded = _recorded(run, index, handler.name, text)
-    if recorded is not None:
-        recorded.cmd = cmd
-        return await _answered(run, handler, recorded, cmd)
-    step, operation = _beginning(run, handler, index, cmd, text)
-    await run.written(operation)
-    run.steps[index] = step
-    return await settled(run, handler, step, cmd)
+    step, beginning = _placed(run, admitted(run, cmd), cmd)
+    if beginning is not None:
+        await run.written(beginning)
+        run.steps[step.index] = step
+    return await _ended(run, step, begun=beginning is not None)
 
 
 async def dispatch_all(run: Run, commands: Sequence[Any]) -> list[Any]:
     """Do commands side by side; all are awaited, and then the failure of the first that failed is raised."""
     run.refuse_stopped()
     handlers = [admitted(run, cmd) for cmd in commands]
-    flows: list[Any] = []
-    operations: list[Operation[None]] = []
-    for handler, cmd in zip(handlers, commands, strict=True):
-        index = run.take_index()
-        text = encode(cmd, f"dispatch of {handler.name}", run.saga_id, index)
-        recorded = _recorded(run, index, handler.name, text)
-        if recorded is not None:
-            recorded.cmd = cmd
-            flows.append((_answered, handler, recorded, cmd))
-            continue
-        step, operation = _beginning(run, handler, index, cmd, text)
-        operations.append(operation)
-        flows.append((settled, handler, step, cmd))
-    if operations:
-        await run.written(fencing.joined("dispatch_all", run.fence, operations))
-    run.steps.update((step.index, step) for _, _, step, _ in flows)
-    ends = await Together([flow(run, handler, step, cmd) for flow, handler, step, cmd in flows])
-    for end in ends:
-        if end.error is not None and not isinstance(end.error, Exception):
-            raise end.error
-    for end in ends:
-        if end.error is not None:
-            raise end.error
+    placed = [_placed(run, handler, cmd) for handler, cmd in zip(handlers, commands, strict=True)]
+    beginnings = [beginning for _, beginning in placed if beginning is not None]
+    if beginnings:
+        await run.written(fencing.joined("dispatch_all", run.fence, beginnings))
+    run.steps.update((step.index, step) for step, _ in placed)
+    ends = await Together([_ended(run, step, begun=beginning is not None) for step, beginning in placed])
+    errors = [end.error for end in ends if end.error is not None]
+    if errors:
+        # What ends the whole process comes before what ends a step.
+        raise next((error for error in errors if not isinstance(error, Exception)), errors[0])
     return [end.value for end in ends]
 
 
-def _beginning(run: Run, handler: Handler, index: int, cmd: Any, text: str) -> tuple[Step, Operation[None]]:
-    now = now_ms()
-    due = now + int((handler.timeout + handler.settle) * 1000)
-    step = Step(index, handler.name, text, StepState.PENDING, now, due, cmd=cmd)
-    operation = owned_steps.begin_step(run.fence, index, handler.name, text, due, cancellable=not run.reached_pivot)
-    return step, operation
+def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Operation[None] | None]:
+    """The next step, and the write that begins it; none if the log holds the step already."""
+    index = run.take_index()
+    text = encode(cmd, f"dispatch of {handler.name}", run.saga_id, index)
+    recorded = _recorded(run, index, handler.name, text)
+    if recorded is not None:
+        recorded.cmd = cmd
+        return recorded, None
+    due = due_of(handler)
+    step = Step(index, handler.name, text, StepState.PENDING, now_ms(), due, cmd=cmd)
+    begin = owned_steps.begin_step(run.fence, index, handler.name, text, due, cancellable=not run.reached_pivot)
+    return step, begin
 
 
-async def settled(run: Run, handler: Handler, step: Step, cmd: Any) -> Any:
-    """Try a pending step and record how it ended; a doubt stays in the log, and stops the saga."""
-    outcome = await tried(run, handler, step, cmd, retry_of(handler))
-    if isinstance(outcome, Doubt):
-        failure = StepFailed("in_doubt", outcome.reason, saga_id=run.saga_id, step_index=step.index, name=step.name)
-        raise run.stop(failure) from outcome.error
-    await end_step(run, handler, step, outcome)
-    if isinstance(outcome, Refused):
-        raise _failure(run, step, outcome.reason) from outcome.error
-    return outcome.value
+async def _ended(run: Run, step: Step, *, begun: bool) -> Any:
+    """What a step returned; one that an earlier process left in doubt is tried again if that does no harm.
 
-
-def _failure(run: Run, step: Step, reason: str) -> StepFailed:
-    return StepFailed("failed", reason, saga_id=run.saga_id, step_index=step.index, name=step.name)
+    A doubt stays in the log, and stops the saga.
+    """
+    handler = run.policy.bus.handler_of(step.cmd)
+    if step.state is StepState.SUCCEEDED:
+        return handler.read_output(step.output_json, run.saga_id, step.index)
+    if step.state is StepState.FAILED:
+        raise failure_of_step(run, step, Refused(recorded_reason(run, step), None))
+    if begun:
+        outcome = await tried(run, handler, step, step.cmd, retry_of(handler))
+        if not isinstance(outcome, Doubt):
+            await end_step(run, handler, step, outcome)
+    else:
+        outcome = await known(run, handler, step, step.cmd)
+    if isinstance(outcome, Succeeded):
+        return outcome.value
+    failure = failure_of_step(run, step, outcome)
+    raise run.stop(failure) if isinstance(outcome, Doubt) else failure
 
 
 # Going on where another process stopped
@@ -153,21 +153,6 @@ def differs(run: Run, index: int | None, problem: str) -> Stopped:
     return Stopped(
         f"resume of saga {run.saga_id}", problem, saga_id=run.saga_id, step_index=index, found="differs", outcome=""
     )
-
-
-async def _answered(run: Run, handler: Handler, step: Step, cmd: Any) -> Any:
-    """What the log holds of a step; one in doubt is tried again if that does no harm."""
-    if step.state is StepState.SUCCEEDED:
-        return handler.read_output(step.output_json, run.saga_id, step.index)
-    if step.state is StepState.FAILED:
-        raise _failure(run, step, recorded_reason(run, step))
-    outcome = await known(run, handler, step, cmd)
-    if isinstance(outcome, Doubt):
-        failure = StepFailed("in_doubt", outcome.reason, saga_id=run.saga_id, step_index=step.index, name=step.name)
-        raise run.stop(failure)
-    if isinstance(outcome, Refused):
-        raise _failure(run, step, outcome.reason) from outcome.error
-    return outcome.value
 
 
 def recorded_reason(run: Run, step: Step) -> str:

@@ -8,12 +8,13 @@ from typing import Any, Final
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.effects import Info, Invoke, OutOfTime, Sleep
-from sagalog.coordinator.run import Run, Step, Stopped
+from sagalog.coordinator.run import Run, Step
 from sagalog.coordinator.signature import events_of
 from sagalog.errors import (
     LeaseLost,
     LogUnavailable,
     PayloadError,
+    StepFailed,
     StepRejected,
 )
 from sagalog.log import fencing, owned_steps
@@ -38,7 +39,7 @@ class Refused:
     """A try did nothing."""
 
     reason: str
-    error: BaseException
+    error: BaseException | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +179,7 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     did_nothing = handler.transactional or handler.read_only
     retry = handler.retry
     if did_nothing and not forward:
-        outcome: Outcome = Refused("its process died before it was done", Stopped("", ""))
+        outcome: Outcome = Refused("its process died before it was done", None)
     elif did_nothing or run.again or (retry is not None and step.tries == 0 and may_try(step, retry)):
         step.deadline_at = due_of(handler)
         await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
@@ -191,4 +192,13 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
 
 
 def due_of(handler: Handler) -> int:
+    """Until when something of a try that begins now may be under way; Unix milliseconds."""
     return now_ms() + int((handler.timeout + handler.settle) * 1000)
+
+
+def failure_of_step(run: Run, step: Step, outcome: Refused | Doubt) -> StepFailed:
+    """What a dispatch or an undo by hand raises."""
+    kind = "in_doubt" if isinstance(outcome, Doubt) else "failed"
+    failure = StepFailed(kind, outcome.reason, saga_id=run.saga_id, step_index=step.index, name=step.name)
+    failure.__cause__ = outcome.error
+    return failure

@@ -11,7 +11,18 @@ from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.dispatching import check_callable, differs
 from sagalog.coordinator.effects import Sleep, Write
 from sagalog.coordinator.run import Run, Step
-from sagalog.coordinator.trying import Doubt, Refused, fail, known, may_try, reason_of, tried
+from sagalog.coordinator.trying import (
+    Doubt,
+    Refused,
+    Succeeded,
+    due_of,
+    fail,
+    failure_of_step,
+    known,
+    may_try,
+    reason_of,
+    tried,
+)
 from sagalog.errors import PayloadError, SagaLogError, StepFailed, UnusableHandler
 from sagalog.log import owned_steps, owning, reading
 from sagalog.moments import now_ms
@@ -230,11 +241,10 @@ async def begin_undo(run: Run, handler: Handler, cmd: Any, undone: Sequence[Step
     """Write the row of an undo, and link the steps that it undoes to it."""
     index = run.take_undo_index()
     text = encode(cmd, f"compensate with {handler.name}", run.saga_id, index)
-    now = now_ms()
-    due = now + int((handler.timeout + handler.settle) * 1000)
+    due = due_of(handler)
     indexes = tuple(step.index for step in undone)
     await run.written(owned_steps.begin_undo(run.fence, index, handler.name, text, due, indexes))
-    undo = run.steps[index] = Step(index, handler.name, text, StepState.PENDING, now, due, cmd=cmd)
+    undo = run.steps[index] = Step(index, handler.name, text, StepState.PENDING, now_ms(), due, cmd=cmd)
     for step in undone:
         step.compensated_by = index
     return undo
@@ -248,7 +258,7 @@ async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bo
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is in doubt")
         if not (run.again or may_try(undo, retry)):
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
-        undo.deadline_at = now_ms() + int((handler.timeout + handler.settle) * 1000)
+        undo.deadline_at = due_of(handler)
         await run.written(owned_steps.try_again(run.fence, undo.index, undo.deadline_at))
     try:
         await undo_until_known(run, handler, undo, cmd, retry)
@@ -270,13 +280,10 @@ async def undo_until_known(run: Run, handler: Handler, undo: Step, cmd: Any, ret
     newest = max(step.index for step in undone)
     compensates = Compensates(newest, run.key_of(newest))
     outcome = await tried(run, handler, undo, cmd, retry, compensates)
-    if isinstance(outcome, Doubt):
-        failure = StepFailed("in_doubt", outcome.reason, saga_id=run.saga_id, step_index=undo.index, name=undo.name)
-        raise failure from outcome.error
     if isinstance(outcome, Refused):
         await fail(run, undo, outcome.reason)
-        refusal = StepFailed("failed", outcome.reason, saga_id=run.saga_id, step_index=undo.index, name=undo.name)
-        raise refusal from outcome.error
+    if not isinstance(outcome, Succeeded):
+        raise failure_of_step(run, undo, outcome)
     if not handler.transactional:
         await run.written(owned_steps.end_undo(run.fence, undo.index, outcome.text))
     for step in (undo, *undone):
