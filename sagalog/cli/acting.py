@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,35 +26,19 @@ def register(app: typer.Typer) -> None:
     app.command()(prune)
 
 
-def _one_of(allowed: tuple[str, ...]) -> Callable[[str], str]:
+def _settled_as(allowed: tuple[str, ...], told: str) -> Any:
     def check(value: str) -> str:
         if value not in allowed:
             raise typer.BadParameter(f"{value!r} is none of {', '.join(allowed)}")
         return value
 
-    return check
+    return typer.Option(
+        "--state", metavar="|".join(allowed), callback=check, autocompletion=lambda: list(allowed), help=told
+    )
 
 
-SettledState = Annotated[
-    str,
-    typer.Option(
-        "--state",
-        metavar="|".join(SETTLED),
-        callback=_one_of(SETTLED),
-        autocompletion=lambda: list(SETTLED),
-        help="What it is now.",
-    ),
-]
-SettledStep = Annotated[
-    str,
-    typer.Option(
-        "--state",
-        metavar="|".join(STEP_SETTLED),
-        callback=_one_of(STEP_SETTLED),
-        autocompletion=lambda: list(STEP_SETTLED),
-        help="What became of it.",
-    ),
-]
+SettledState = Annotated[str, _settled_as(SETTLED, "What it is now.")]
+SettledStep = Annotated[str, _settled_as(STEP_SETTLED, "What became of it.")]
 
 
 def resolve(
