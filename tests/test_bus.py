@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +183,14 @@ def test_a_coordinators_on_unknown_is_held_against_its_compensations_at_dispatch
         assert log.get(1).steps == ()
 
 
-@pytest.mark.parametrize("wrong", [Retry, lambda **_: Retry(attempts=0), lambda **_: Retry(jitter=2)])
+@pytest.mark.parametrize("wrong", [{"attempts": 0}, {"jitter": 2}, {"initial": -1}, {"within": timedelta(0)}])
 def test_a_retry_that_makes_no_sense_is_refused(wrong: Any) -> None:
-    if wrong is Retry:
-        assert [Retry(jitter=0, initial=1).wait_before(attempt) for attempt in (2, 3, 9)] == [1, 2, 30]
-        return
     with pytest.raises(ValueError, match=r"Retry|waits"):
-        wrong()
+        Retry(**wrong)
+
+
+def test_the_waits_of_a_retry_grow_to_their_maximum() -> None:
+    assert [Retry(jitter=0, initial=1).wait_before(attempt) for attempt in (2, 3, 9)] == [1, 2, 30]
 
 
 def test_an_async_handler_is_no_use_to_a_synchronous_coordinator() -> None:

@@ -35,7 +35,7 @@ def states(record: Any) -> list[str]:
     return [f"{step.name} {step.state}" for step in record.steps]
 
 
-def placing(coordinator: Any, then: Any = None, **options: Any) -> Any:
+def placing(coordinator: Any, then: Any = None, **options: Any) -> None:
     """An order's saga: reserve, charge; and `then`, a function of the context."""
 
     @coordinator.saga("place_order", **options)
@@ -45,8 +45,6 @@ def placing(coordinator: Any, then: Any = None, **options: Any) -> Any:
         if then is not None:
             then(ctx)
         return int(charged.amount)
-
-    return place_order
 
 
 def boom(ctx: Any) -> None:

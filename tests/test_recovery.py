@@ -28,10 +28,10 @@ def placing(coordinator: Any, then: Any = None, **options: Any) -> None:
         return int(charged.amount)
 
 
-def left_behind(stage: Stage, shop_trouble: Any = None, then: Any = dies, **options: Any) -> int:
-    """A saga whose process died after its two steps, or where `shop_trouble` says."""
-    coordinator = stage.coordinator(**options)
-    placing(coordinator, then)
+def left_behind(stage: Stage) -> int:
+    """A saga whose process died after its two steps, or where the shop's trouble was."""
+    coordinator = stage.coordinator()
+    placing(coordinator, dies)
     with pytest.raises(Killed):
         coordinator.run("place_order", Order())
     saga_id: int = stage.log.max_saga_id()

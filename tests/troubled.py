@@ -1,0 +1,117 @@
+"""What the tests of a coordinator's troubles share: a small shop, and a saga that reserves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from sagalog import (
+    CommandBus,
+    SagaCoordinator,
+    SagaLog,
+    StepInfo,
+)
+
+
+class Reserve(BaseModel):
+    sku: str = "lamp"
+
+
+class Release(BaseModel):
+    sku: str = "lamp"
+    amount: float = 1
+
+
+class Charge(BaseModel):
+    amount: int = 1
+
+
+class Refund(BaseModel):
+    amount: int = 1
+
+
+class Done(BaseModel):
+    ok: bool = True
+
+
+class Killed(BaseException):
+    """The process is gone here."""
+
+
+class Shop:
+    """A bus whose handlers note what was asked for, and then do what the test says."""
+
+    def __init__(
+        self,
+        *,
+        reserve: Callable[[StepInfo], Any] = lambda step: Done(),
+        derive: Callable[[], Release] = Release,
+        releases: bool = True,
+        **arguments: Any,
+    ) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.bus = CommandBus()
+
+        @self.bus.handler(**arguments)
+        def do_reserve(cmd: Reserve, step: StepInfo) -> Done:
+            self.asked.append(("reserve", step.idempotency_key))
+            return reserve(step)  # type: ignore[no-any-return]
+
+        @self.bus.compensation(Reserve)
+        def undo_reserve(cmd: Reserve, output: Done | None) -> Release:
+            return derive()
+
+        @self.bus.handler
+        def do_charge(cmd: Charge, step: StepInfo) -> Done:
+            self.asked.append(("charge", step.idempotency_key))
+            return Done()
+
+        @self.bus.compensation(Charge)
+        def undo_charge(cmd: Charge, output: Done | None) -> Refund:
+            return Refund()
+
+        @self.bus.handler
+        def do_refund(cmd: Refund, step: StepInfo) -> None:
+            self.asked.append(("refund", step.idempotency_key))
+
+        if releases:
+
+            @self.bus.handler
+            def do_release(cmd: Release, step: StepInfo) -> None:
+                self.asked.append(("release", step.idempotency_key))
+
+    @property
+    def verbs(self) -> list[str]:
+        return [verb for verb, _ in self.asked]
+
+
+def reserving(coordinator: SagaCoordinator, *, fails: bool = False) -> Callable[..., Any]:
+    """Register a saga of one step."""
+
+    @coordinator.saga("reserving")
+    def reserving(ctx: Any, order: int) -> int:
+        ctx.dispatch(Reserve())
+        if fails:
+            raise ValueError("no lamp fits")
+        return order
+
+    return reserving
+
+
+def beginning_elsewhere(log: SagaLog, name: str, *, input: object = 1, submitted: bool = False) -> int:
+    """A saga that a process left that is gone; or one that it submitted."""
+    elsewhere = SagaCoordinator(log, CommandBus())
+
+    @elsewhere.saga(name)
+    def left(ctx: Any, order: Any) -> None:
+        raise Killed
+
+    if submitted:
+        return elsewhere.submit(left, input)
+    with pytest.raises(Killed):
+        elsewhere.run(left, input)
+    elsewhere.close()
+    return log.max_saga_id()
