@@ -127,6 +127,7 @@ class Run:
         self.stopped: BaseException | None = None
         self.over = False
         self._pid = os.getpid()
+        self._held: list[Operation[None]] = []
         self._index = 0
         self.uuids = 0
         self.replay: dict[int, Step] = {}
@@ -214,6 +215,17 @@ class Run:
             asked = f"{self.name} of saga {self.saga_id}"
             raise self.stop(Stopped(asked, "its time is up", saga_id=self.saga_id, found="deadline", outcome=""))
 
+    def hold(self, operation: Operation[None]) -> None:
+        """Write it in one transaction with the next write; until then nothing may be called, waited for or told."""
+        self._held.append(operation)
+
+    async def flush(self) -> None:
+        """Write what is held."""
+        if self._held:
+            *held, last = self._held
+            self._held = held
+            await self.written(last)
+
     async def written(self, operation: Operation[R]) -> R:
         """Write as the owner; a log that is out of reach for a moment is waited for, for every write may be repeated.
 
@@ -221,6 +233,19 @@ class Run:
             LeaseLost: Another executor owns the saga now.
             LogUnavailable: The log stayed out of reach; recovery decides.
         """
+        if not self._held:
+            return await self._write(operation)
+        held, self._held = self._held, []
+        try:
+            return await self._write(fencing.joined(operation.asked, self.fence, [*held, operation]))
+        except (LeaseLost, LogUnavailable, Stopped):
+            raise
+        except SagaLogError:
+            # The refusal of the one undoes nothing of what is true already.
+            await self._write(fencing.joined(operation.asked, self.fence, held))
+            return await self._write(operation)
+
+    async def _write(self, operation: Operation[R]) -> R:
         if os.getpid() != self._pid:
             # A forked child knows the parent's epoch, and is not the parent.
             raise self.stop(LeaseLost(operation.asked, self.saga_id, epoch=self.fence.epoch, found=self.fence.epoch))

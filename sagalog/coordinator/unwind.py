@@ -81,18 +81,21 @@ async def unwind(run: Run, reason: str) -> End:
             await _reload(run)
         _refuse_unknown(run)
         if run.state is SagaState.FAILED:
-            await _begin(run, reason)  # of a failed saga no step can be ended
+            _begin(run, reason)  # of a failed saga no step can be ended
+            await run.flush()
         await _settle_doubts(run)
         if run.reached_pivot:
             return await to_person(run, f"{reason}; a step that cannot be undone succeeded, or is in doubt")
         if any(step.open for step in run.steps.values()):
-            await _begin(run, reason)
+            _begin(run, reason)
         for step in run.forward():
             if step.open:
                 await _undo(run, step)
     except Unknown as unknown:
+        await run.flush()
         return End(run.state, reason, waits=str(unknown))
     except _Early as early:
+        await run.flush()
         return End(run.state, reason, waits=str(early), until=early.until)
     except PayloadError as unreadable:
         return await to_person(run, f"{reason}; {unreadable}")
@@ -103,9 +106,9 @@ async def unwind(run: Run, reason: str) -> End:
     return End(run.state, reason)
 
 
-async def _begin(run: Run, reason: str) -> None:
+def _begin(run: Run, reason: str) -> None:
     if run.state is not SagaState.COMPENSATING:
-        await run.written(owning.mark_compensating(run.fence, reason))
+        run.hold(owning.mark_compensating(run.fence, reason))
         run.state = SagaState.COMPENSATING
 
 
@@ -180,7 +183,7 @@ async def _undo(run: Run, step: Step) -> None:
         Unknown: No handler here takes its command, or the one that undoes it.
     """
     if step.own:
-        await _mark(run, step)
+        _mark(run, step)
         return
     begun = _undo_of(run, step)
     if begun is not None:
@@ -190,7 +193,7 @@ async def _undo(run: Run, step: Step) -> None:
         return
     handler = _handler(run, step)
     if handler.read_only:
-        await _mark(run, step)
+        _mark(run, step)
         return
     if step.state is StepState.PENDING:
         await _wait_out(run, step)
@@ -204,9 +207,9 @@ async def _undo(run: Run, step: Step) -> None:
     await _finish(run, undo_handler, undo, cmd, again=False)
 
 
-async def _mark(run: Run, step: Step) -> None:
+def _mark(run: Run, step: Step) -> None:
     """There is nothing to undo in it."""
-    await run.written(owned_steps.mark_step_compensated(run.fence, step.index))
+    run.hold(owned_steps.mark_step_compensated(run.fence, step.index))
     step.state = StepState.COMPENSATED
 
 
@@ -216,6 +219,7 @@ async def _wait_out(run: Run, step: Step) -> None:
         return
     if not run.patient:
         raise _Early(step, step.deadline_at or 0)
+    await run.flush()
     await Sleep(left / 1000)
 
 
@@ -271,7 +275,7 @@ def _told(failure: StepFailed) -> str:
 
 
 async def undo_until_known(run: Run, handler: Handler, undo: Step, cmd: Any, retry: Retry) -> Any:
-    """Call an undo's handler; what it undid is marked with its end.
+    """Call an undo's handler; what it undid is marked with its end, which is held for the next write.
 
     Raises:
         StepFailed: It was refused, or stays in doubt; the steps are not undone.
@@ -285,7 +289,7 @@ async def undo_until_known(run: Run, handler: Handler, undo: Step, cmd: Any, ret
     if not isinstance(outcome, Succeeded):
         raise failure_of_step(run, undo, outcome)
     if not handler.transactional:
-        await run.written(owned_steps.end_undo(run.fence, undo.index, outcome.text))
+        run.hold(owned_steps.end_undo(run.fence, undo.index, outcome.text))
     for step in (undo, *undone):
         step.state = StepState.COMPENSATED
     return outcome.value
@@ -317,7 +321,9 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
     undone = _chosen(run, cmd, undoes)
     undo = await begin_undo(run, handler, cmd, undone)
     try:
-        return await undo_until_known(run, handler, undo, cmd, handler.retry or _DEFAULT)
+        value = await undo_until_known(run, handler, undo, cmd, handler.retry or _DEFAULT)
+        await run.flush()
+        return value
     except StepFailed as failure:
         if failure.kind == "in_doubt":
             run.stop(failure)

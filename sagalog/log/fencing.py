@@ -100,11 +100,13 @@ def raise_refused(db: Database, asked: str, fence: Fence, step_index: int, targe
     raise StepNotFound(asked, fence.saga_id, step_index)
 
 
-def joined(asked: str, fence: Fence, operations: Sequence[Operation[None]]) -> Operation[None]:
-    """Several writes, one transaction."""
+def joined(asked: str, fence: Fence, operations: Sequence[Operation[Any]]) -> Operation[Any]:
+    """Several writes, one transaction; it gives what the last one gives."""
 
-    def run(db: Database) -> None:
+    def run(db: Database) -> Any:
+        given = None
         for operation in operations:
-            operation.run(db)
+            given = operation.run(db)
+        return given
 
     return Call(asked, Kind.SEVERAL, run, fence.saga_id)
