@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from sagalog.earlier import somebody_elses
 from sagalog.errors import NotASagaLog, SchemaMissing, SchemaOutOfDate, SchemaTooNew
 
 REVISIONS: Final = ("sagalog_0001", "sagalog_0002", "sagalog_0003")
@@ -23,11 +24,13 @@ class Found(NamedTuple):
         revision: The recorded revision, or None without a version table.
         oldest_revision: The oldest revision whose library can run on it, if recorded.
         unversioned_tables: There is no version table, yet a table named `saga` or `saga_step`.
+        strange: What tells those tables from the earlier program's; nothing if they are that program's.
     """
 
     revision: str | None
     oldest_revision: str | None = None
     unversioned_tables: bool = False
+    strange: tuple[str, ...] = ()
 
 
 def is_newer(found: Found) -> bool:
@@ -46,9 +49,11 @@ def verify(found: Found, database: str) -> None:
         SchemaMissing: No saga log in it.
         SchemaOutOfDate: It needs `upgrade` first.
         SchemaTooNew: The newer revision does not allow this library.
-        NotASagaLog: Its version table holds something else than one revision of sagalog.
+        NotASagaLog: Its tables are somebody else's, or its version table holds something else than one revision.
     """
     if found.revision is None:
+        if found.strange:
+            raise somebody_elses(f"using the tables in {database}", list(found.strange))
         if found.unversioned_tables:
             raise SchemaOutOfDate(database, found=f"none (tables of the earlier program, before {BASE})", needed=HEAD)
         raise SchemaMissing(database)
