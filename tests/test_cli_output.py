@@ -113,6 +113,19 @@ def test_a_pipe_gets_whole_lines(sqlite_path: Path) -> None:
     assert ("why " * 200).strip() in lines[-1]
 
 
+def test_a_narrow_terminal_gets_shorter_bars_and_whole_names(sqlite_path: Path) -> None:
+    fill(f"sqlite:///{sqlite_path}")
+    wide, narrow = (
+        [line for line in on_a_terminal("--url", sqlite_path, "show", 1, columns=columns).decode().splitlines()]
+        for columns in (160, 68)
+    )
+    for lines in (wide, narrow):
+        for name in ("ReserveStock", "ChargeCard", "ReleaseStock"):
+            (line,) = (line for line in lines if name in line)
+            assert "█" in line
+    assert max(map(len, narrow)) < max(map(len, wide))
+
+
 def test_moments_are_printed_in_utc(sqlite_path: Path) -> None:
     fill(f"sqlite:///{sqlite_path}")
     execute(f"sqlite:///{sqlite_path}", "UPDATE saga SET started_at = 1700000000123")
