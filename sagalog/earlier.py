@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, inspect
 
-from sagalog.errors import NotASagaLog
 from sagalog.placement import Placement
 
 _SAGA = {
@@ -54,13 +53,3 @@ def strange_in(connection: Connection, placement: Placement, tables: list[str]) 
             if required and found[column]["nullable"] and column not in key:
                 problems.append(f"column {table}.{column} may be NULL")
     return problems
-
-
-def somebody_elses(asked: str, strange: list[str]) -> NotASagaLog:
-    """The error for tables that are not those of a saga log."""
-    return NotASagaLog(
-        asked,
-        "they are not those of a saga log: " + "; ".join(strange[:5]),
-        found=strange[0],
-        hint="Place sagalog's tables elsewhere with schema= or prefix=, or give it a file of its own.",
-    )

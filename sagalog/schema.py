@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from sagalog.earlier import somebody_elses
 from sagalog.errors import NotASagaLog, SchemaMissing, SchemaOutOfDate, SchemaTooNew
 
 REVISIONS: Final = ("sagalog_0001", "sagalog_0002", "sagalog_0003")
@@ -53,7 +52,7 @@ def verify(found: Found, database: str) -> None:
     """
     if found.revision is None:
         if found.strange:
-            raise somebody_elses(f"using the tables in {database}", list(found.strange))
+            raise NotASagaLog.of_strange_tables(f"using the tables in {database}", found.strange)
         if found.unversioned_tables:
             raise SchemaOutOfDate(database, found=f"none (tables of the earlier program, before {BASE})", needed=HEAD)
         raise SchemaMissing(database)

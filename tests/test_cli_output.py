@@ -116,8 +116,7 @@ def test_a_pipe_gets_whole_lines(sqlite_path: Path) -> None:
 def test_a_narrow_terminal_gets_shorter_bars_and_whole_names(sqlite_path: Path) -> None:
     fill(f"sqlite:///{sqlite_path}")
     wide, narrow = (
-        [line for line in on_a_terminal("--url", sqlite_path, "show", 1, columns=columns).decode().splitlines()]
-        for columns in (160, 68)
+        on_a_terminal("--url", sqlite_path, "show", 1, columns=columns).decode().splitlines() for columns in (160, 72)
     )
     for lines in (wide, narrow):
         for name in ("ReserveStock", "ChargeCard", "ReleaseStock"):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sagalog import AuditRecord, SagaRecord, StepRecord
 
 _LONGEST_BAR, _SHORTEST_BAR = 24, 8
-_BESIDE_THE_BAR = 56
+_BESIDE_THE_BAR = 64
 """So many columns of a terminal are for the words; the bars get shorter before these are broken."""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sqlalchemy import Connection, inspect
 
-from sagalog.earlier import somebody_elses, strange_in
+from sagalog.earlier import strange_in
+from sagalog.errors import NotASagaLog
 from sagalog.placement import Placement
 
 _INDEXES = {
@@ -21,7 +22,7 @@ def check_shape(connection: Connection, placement: Placement, tables: list[str],
     """
     strange = strange_in(connection, placement, tables)
     if strange:
-        raise somebody_elses(f"adopting the tables in {database}", strange)
+        raise NotASagaLog.of_strange_tables(f"adopting the tables in {database}", strange)
 
 
 def complete_indexes(connection: Connection, placement: Placement) -> None:
