@@ -65,6 +65,14 @@ def test_names_go_unharmed_and_harmless_into_a_pipe(words: tuple[object, ...], m
     assert harmless(EVIL) in out
 
 
+def test_a_graph_of_steps_with_such_names_is_harmless(sqlite_path: Path) -> None:
+    fill(f"sqlite:///{sqlite_path}")
+    execute(f"sqlite:///{sqlite_path}", "UPDATE saga_step SET name = :name WHERE saga_id = 2", name=f'{EVIL}"]')
+    written = on_a_terminal("--url", sqlite_path, "graph", EVIL).decode()
+    assert not {"\x1b", "\x07", "\u202e"} & set(written)
+    assert f'n0["{harmless(EVIL)}\']"]' in written, "a quote would end the node's name"
+
+
 def test_an_error_that_quotes_the_database_is_harmless(sqlite_path: Path) -> None:
     fill(f"sqlite:///{sqlite_path}")
     execute(f"sqlite:///{sqlite_path}", "UPDATE saga SET state = :state WHERE saga_id = 4", state="\x1b[31mdone")
