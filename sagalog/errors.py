@@ -7,7 +7,7 @@ what to do. The facts are attributes too, so that a program needs no parsing:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -241,6 +241,13 @@ class NotASagaLog(SagaLogError):
     """The file is no database, or its tables of that name are somebody else's."""
 
     code = "not_a_saga_log"
+
+    @classmethod
+    def of_strange_tables(cls, asked: str, strange: Sequence[str]) -> NotASagaLog:
+        """For tables whose shape is not that of a saga log's."""
+        problem = "they are not those of a saga log: " + "; ".join(strange[:5])
+        hint = "Place sagalog's tables elsewhere with schema= or prefix=, or give it a file of its own."
+        return cls(asked, problem, found=strange[0], hint=hint)
 
 
 class LogUnavailable(SagaLogError):

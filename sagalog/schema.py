@@ -23,11 +23,13 @@ class Found(NamedTuple):
         revision: The recorded revision, or None without a version table.
         oldest_revision: The oldest revision whose library can run on it, if recorded.
         unversioned_tables: There is no version table, yet a table named `saga` or `saga_step`.
+        strange: What tells those tables from the earlier program's; nothing if they are that program's.
     """
 
     revision: str | None
     oldest_revision: str | None = None
     unversioned_tables: bool = False
+    strange: tuple[str, ...] = ()
 
 
 def is_newer(found: Found) -> bool:
@@ -46,9 +48,11 @@ def verify(found: Found, database: str) -> None:
         SchemaMissing: No saga log in it.
         SchemaOutOfDate: It needs `upgrade` first.
         SchemaTooNew: The newer revision does not allow this library.
-        NotASagaLog: Its version table holds something else than one revision of sagalog.
+        NotASagaLog: Its tables are somebody else's, or its version table holds something else than one revision.
     """
     if found.revision is None:
+        if found.strange:
+            raise NotASagaLog.of_strange_tables(f"using the tables in {database}", found.strange)
         if found.unversioned_tables:
             raise SchemaOutOfDate(database, found=f"none (tables of the earlier program, before {BASE})", needed=HEAD)
         raise SchemaMissing(database)

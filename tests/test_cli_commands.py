@@ -222,10 +222,31 @@ def test_diag_fails_a_probe_only_when_a_person_is_needed(url: str) -> None:
     assert "Nothing needs a person." in healthy.out
 
 
+def proposed(told: str) -> list[str]:
+    """The words after `sagalog` of the command at the end of a line."""
+    return shlex.split(told.partition("sagalog ")[2])
+
+
 def test_diag_points_to_sagas_that_have_been_open_for_long(url: str) -> None:
     assert "--open-longer-than" not in sagalog("--url", url, "diag").out
     execute(url, "UPDATE saga SET started_at = 1000 WHERE saga_id = 3")
-    assert "sagalog list --open-longer-than 1h" in sagalog("--url", url, "diag").out
+    (line,) = (line for line in sagalog("--url", url, "diag").out.splitlines() if line.startswith("Some have been"))
+    typed = sagalog("--url", url, *proposed(line)[2:], "--json")
+    assert proposed(line)[0] == "--url"
+    assert [saga["saga_id"] for saga in typed.json] == [3]
+
+
+def test_diag_names_ten_that_need_a_person_and_how_to_list_the_rest(url: str) -> None:
+    with log_at(url) as log:
+        for _ in range(11):
+            log.mark_failed_compensation(log.create_saga("place_order", None), "no answer")
+    shown = sagalog("--url", url, "diag").out
+    assert shown.count("no answer") == 10
+    (line,) = (line for line in shown.splitlines() if line.startswith("  ... and 2 more: "))
+    assert proposed(line)[0] == "--url"
+    assert len(sagalog("--url", url, *proposed(line)[2:], "--json").json) == 12
+    in_environment = sagalog("diag", env={"SAGALOG_URL": url}).out
+    assert "... and 2 more: sagalog list --state failed_compensation\n" in in_environment
 
 
 def test_show_tells_how_long_a_request_may_be_under_way(url: str) -> None:

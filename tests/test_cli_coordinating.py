@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli import sagalog
+from cli import execute, sagalog
 
 from sagalog import SagaLog
 
@@ -63,6 +63,15 @@ APP = """
         return coordinator
 
     nonsense = 7
+
+    def raises():
+        return {}["DATABASE_URL"]
+
+    def wants(argument):
+        return argument
+
+    def unreachable() -> SagaCoordinator:
+        return SagaCoordinator(SagaLog.open("postgresql://me:secret@127.0.0.1:1/shop"), bus)
 """
 
 
@@ -156,14 +165,40 @@ def test_graph_draws_how_sagas_went(shop: Any) -> None:
         ("shop", "is not of the form module:name"),
         ("no_such_module:x", "cannot be loaded"),
         ("{shop}:missing", "cannot be loaded"),
+        (".shop:x", "is not of the form module:name"),
         ("{shop}:nonsense", "it must be a coordinator"),
+        ("{shop}:raises", "cannot be loaded: KeyError: 'DATABASE_URL' ({folder}/{shop}.py, line "),
+        ("{shop}:wants", "missing 1 required positional argument"),
+        ("broken:x", "cannot be loaded: SyntaxError: "),
     ],
 )
 @pytest.mark.parametrize("command", [("recover",), ("worker",), ("retry", "1", "--note", "x", "--yes")])
 def test_an_app_that_is_no_coordinator_is_bad_usage(shop: Any, app: str | None, sentence: str, command: Any) -> None:
+    Path("broken.py").write_text("def (")
     before = [] if app is None else ["--app", app.format(shop=shop.__name__)]
     done = sagalog(*before, *command)
-    assert (done.status, sentence in done.err) == (2, True), done.err
+    told = sentence.format(shop=shop.__name__, folder=Path.cwd())
+    assert (done.status, told in done.err, done.out) == (2, True, ""), done.err
+    assert done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [("recover",), ("worker",), ("retry", "1", "--note", "x", "--yes")])
+def test_a_database_of_the_app_that_cannot_be_reached_is_told(shop: Any, command: Any) -> None:
+    done = sagalog("--app", f"{shop.__name__}:unreachable", *command)
+    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "the server" in done.err
+    assert "secret" not in done.err
+
+
+@pytest.mark.parametrize("command", [("recover",), ("worker",), ("retry", "1", "--note", "x", "--yes")])
+def test_a_database_of_the_app_without_a_fitting_log_is_told_and_not_migrated(shop: Any, command: Any) -> None:
+    assert sagalog("--url", "shop.db", "upgrade").status == 0
+    execute("sqlite:///shop.db", "UPDATE sagalog_version SET version_num = 'sagalog_9999'")
+    execute("sqlite:///shop.db", "UPDATE sagalog_meta SET value = 'sagalog_9998' WHERE name = 'oldest_revision'")
+    done = sagalog("--app", f"{shop.__name__}:make", *command)
+    assert (done.status, done.out, done.err.count("\n")) == (1, "", 1)
+    assert "Update the sagalog package" in done.err
+    assert execute("sqlite:///shop.db", "SELECT version_num FROM sagalog_version") == [("sagalog_9999",)]
 
 
 @pytest.mark.parametrize("make", ["make", "amake"])

@@ -15,7 +15,8 @@ from cli import sagalog
 
 from sagalog.cli.app import app
 
-PAGE = (Path(__file__).parent.parent / "docs" / "reference" / "cli.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "reference" / "cli.md").read_text()
 SECTIONS: dict[str, str] = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, flags=re.MULTILINE | re.DOTALL))
 GROUP: Any = typer.main.get_command(app)
 COMMANDS: dict[str, Any] = GROUP.commands
@@ -53,6 +54,13 @@ def test_every_command_has_an_example_and_help(name: str) -> None:
     shown = sagalog(name, "--help")
     assert shown.status == 0
     assert shown.out.startswith(f"Usage: sagalog {name}")
+
+
+def test_the_readmes_commands_and_options_are_there() -> None:
+    typed = re.findall(r"^sagalog (.+?)(?:  +#.*)?$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(typed) > 5
+    for command, *words in map(shlex.split, typed):
+        assert {word for word in words if word.startswith("--")} <= options_of(COMMANDS[command]), command
 
 
 def test_the_examples_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

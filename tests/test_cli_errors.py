@@ -18,12 +18,13 @@ from sagalog.cli.app import app
 
 COMMANDS = [command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands]
 READING = (
-    ("list",), ("show", 1), ("diag",), ("watch", "--looks", 1), ("current",), ("check",),
+    ("list",), ("show", 1), ("diag",), ("watch", "--looks", 1), ("graph", "place_order"), ("current",), ("check",),
 )  # fmt: skip
 ACTING = (
     ("resolve", 2, "--state", "abandoned", "--note", "why", "--yes"),
     ("resolve-step", 2, 0, "--state", "failed", "--note", "why", "--yes"),
     ("cancel", 3, "--note", "why", "--yes"),
+    ("quarantine", "--note", "why", "--yes"),
     ("prune", "--yes"),
     ("downgrade", "base", "--yes"),
 )
@@ -209,6 +210,16 @@ def test_a_database_that_is_too_new_is_told_and_not_touched(words: tuple[object,
     assert sagalog("--url", migrated_url, "upgrade").status == 1
     assert sagalog("--url", migrated_url, "downgrade", "base", "--yes").status == 1
     assert execute(migrated_url, "SELECT version_num FROM sagalog_version") == [("sagalog_9999",)]
+
+
+@pytest.mark.parametrize("words", [*ON_A_LOG, ("upgrade",), ("downgrade", "base", "--yes")], ids=said)
+def test_tables_of_somebody_else_are_told_and_not_touched(words: tuple[object, ...], database_url: str) -> None:
+    execute(database_url, "CREATE TABLE saga (hero TEXT)")
+    done = sagalog("--url", database_url, *words)
+    assert (done.status, done.out) == (1, "")
+    assert "not those of a saga log" in done.err
+    assert "prefix=" in done.err
+    assert execute(database_url, "SELECT * FROM saga") == []
 
 
 @pytest.mark.parametrize("words", [*READING, *ACTING, ("upgrade",)], ids=said)

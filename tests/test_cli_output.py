@@ -65,6 +65,14 @@ def test_names_go_unharmed_and_harmless_into_a_pipe(words: tuple[object, ...], m
     assert harmless(EVIL) in out
 
 
+def test_a_graph_of_steps_with_such_names_is_harmless(sqlite_path: Path) -> None:
+    fill(f"sqlite:///{sqlite_path}")
+    execute(f"sqlite:///{sqlite_path}", "UPDATE saga_step SET name = :name WHERE saga_id = 2", name=f'{EVIL}"]')
+    written = on_a_terminal("--url", sqlite_path, "graph", EVIL).decode()
+    assert not {"\x1b", "\x07", "\u202e"} & set(written)
+    assert f'n0["{harmless(EVIL)}\']"]' in written, "a quote would end the node's name"
+
+
 def test_an_error_that_quotes_the_database_is_harmless(sqlite_path: Path) -> None:
     fill(f"sqlite:///{sqlite_path}")
     execute(f"sqlite:///{sqlite_path}", "UPDATE saga SET state = :state WHERE saga_id = 4", state="\x1b[31mdone")
@@ -111,6 +119,18 @@ def test_a_pipe_gets_whole_lines(sqlite_path: Path) -> None:
     lines = sagalog("--url", sqlite_path, "list").out.splitlines()
     assert len(lines) == 6
     assert ("why " * 200).strip() in lines[-1]
+
+
+def test_a_narrow_terminal_gets_shorter_bars_and_whole_names(sqlite_path: Path) -> None:
+    fill(f"sqlite:///{sqlite_path}")
+    wide, narrow = (
+        on_a_terminal("--url", sqlite_path, "show", 1, columns=columns).decode().splitlines() for columns in (160, 72)
+    )
+    for lines in (wide, narrow):
+        for name in ("ReserveStock", "ChargeCard", "ReleaseStock"):
+            (line,) = (line for line in lines if name in line)
+            assert "█" in line
+    assert max(map(len, narrow)) < max(map(len, wide))
 
 
 def test_moments_are_printed_in_utc(sqlite_path: Path) -> None:

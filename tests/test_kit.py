@@ -120,6 +120,34 @@ def test_each_test_has_a_log_of_its_own(project: Project) -> None:
     assert project.run(*PLAIN) == {"passed": 3}
 
 
+def test_the_migrations_run_once_for_all_tests(project: Project) -> None:
+    project.write(
+        test_it="""
+        import logging
+        import pytest
+        from sagalog import migrations
+
+        ran = []
+
+        class Noting(logging.Handler):
+            def emit(self, record):
+                ran.append(record.getMessage())
+
+        logging.getLogger("alembic.runtime.migration").addHandler(Noting())
+        logging.getLogger("alembic.runtime.migration").setLevel(logging.INFO)
+
+        @pytest.mark.parametrize("number", range(20))
+        def test_many(saga_log, number):
+            assert saga_log.create_saga("place_order", number) == 1
+
+        def test_the_steps_that_were_run():
+            steps = [message for message in ran if message.startswith("Running upgrade")]
+            assert len(steps) == len(set(steps)) > 0
+        """
+    )
+    assert project.run(*PLAIN) == {"passed": 21}
+
+
 def test_it_works_on_the_workers_of_xdist(project: Project) -> None:
     project.write(test_sync=SYNC, test_more=SYNC, test_async=WITHOUT_A_PLUGIN)
     assert project.run(*PLAIN, "-n", "2") == {"passed": 8}

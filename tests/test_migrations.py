@@ -164,8 +164,14 @@ def test_foreign_tables_of_that_name_are_refused_untouched(tmp_path: Path, ddl: 
     with pytest.raises(NotASagaLog):
         SagaLog.open(path)
     engine = create_engine(f"sqlite:///{path}")
-    with pytest.raises(NotASagaLog):
-        migrations.upgrade(engine)
+    for refused in (
+        lambda: migrations.upgrade(engine),
+        lambda: migrations.check(engine),
+        lambda: SagaLog(engine).counts(),
+        lambda: SagaLog.open(path, migrate=False),
+    ):
+        with pytest.raises(NotASagaLog, match="not those of a saga log"):
+            refused()
     engine.dispose()
     assert connection.execute("SELECT name, sql FROM sqlite_master").fetchall() == before
     connection.close()

@@ -6,6 +6,7 @@ import inspect
 import signal
 import sys
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from sagalog.cli.output import Form, form_of, plain, print_json, print_lines
 from sagalog.cli.settings import settings_of
 from sagalog.cli.text import harmless
 from sagalog.cli.usage import CommandError, bad_usage
+from sagalog.errors import SagaLogError
 
 if TYPE_CHECKING:
     from sagalog import AsyncSagaCoordinator, RecoveryReport, SagaCoordinator, SagaRecord
@@ -229,15 +231,17 @@ def _mermaid(edges: "Counter[tuple[str, str, str]]") -> Iterator[str]:
 @contextmanager
 def _coordinator(context: typer.Context) -> Iterator[Callable[[Callable[[Any], Any]], Any]]:
     """The application's coordinator, as something that calls a function of it, sync or async, to its end."""
-    found = _loaded(settings_of(context).app)
+    app = settings_of(context).app
+    found = _loaded(app)
     with asyncio.Runner() as runner:
 
         def call(function: Callable[[Any], Any]) -> Any:
             answer = function(coordinator)
             return runner.run(_awaited(answer)) if inspect.isawaitable(answer) else answer
 
-        made = found() if callable(found) else found
-        coordinator = runner.run(_awaited(made)) if inspect.isawaitable(made) else made
+        with _told_in_a_sentence(app):
+            made = found() if callable(found) else found
+            coordinator = runner.run(_awaited(made)) if inspect.isawaitable(made) else made
         _check(coordinator)
         try:
             yield call
@@ -254,17 +258,28 @@ def _loaded(app: str | None) -> Any:
     if not app:
         raise bad_usage("No coordinator: give --app module:name, or set SAGALOG_APP, or app in [tool.sagalog].")
     module, _, name = app.partition(":")
-    if not module or not name:
+    if not module or not name or module.startswith("."):
         raise bad_usage(f"--app {app!r} is not of the form module:name.")
     if "" not in sys.path:
         sys.path.insert(0, "")
-    try:
+    with _told_in_a_sentence(app):
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise bad_usage(f"--app {app} cannot be loaded: {error}.") from error
     return found
+
+
+@contextmanager
+def _told_in_a_sentence(app: str | None) -> Iterator[None]:
+    """Whatever the application's own code raises while it makes its coordinator, with the line that raised it."""
+    try:
+        yield
+    except SagaLogError:  # a sentence already
+        raise
+    except Exception as error:
+        *_, raised = traceback.extract_tb(error.__traceback__)
+        told = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise bad_usage(f"--app {app} cannot be loaded: {told} ({raised.filename}, line {raised.lineno}).") from error
 
 
 def _check(coordinator: "SagaCoordinator | AsyncSagaCoordinator | object") -> None:

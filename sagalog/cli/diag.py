@@ -50,7 +50,7 @@ def diag(
         log = log_on(engine, settings)
         facts = _facts(log, engine, settings)
     if form is Form.TABLE:
-        _print(facts)
+        _print(facts, settings)
     else:
         print_json(form, facts)
     if exit_code and facts["needs_person"]["count"]:
@@ -111,7 +111,7 @@ def _next_commands(saga: "SagaRecord", settings: Settings) -> Iterator[str]:
         yield settings.command("resolve", saga.saga_id, "--state", "|".join(possible), "--note", "TEXT")
 
 
-def _print(facts: dict[str, Any]) -> None:
+def _print(facts: dict[str, Any], settings: Settings) -> None:
     out = console()
     size = shown_size(facts["size"])
     if facts["wal_size"]:
@@ -125,14 +125,14 @@ def _print(facts: dict[str, Any]) -> None:
         ("size", size),
     ):
         out.print(plain(f"{name:<11}{value}"), soft_wrap=True)
-    _print_states(out, facts["states"])
+    _print_states(out, facts["states"], settings)
     _print_executors(out, facts["executors"])
-    _print_needs(out, facts["needs_person"])
+    _print_needs(out, facts["needs_person"], settings)
     for warning in facts["warnings"]:
         out.print(plain(f"Warning: {warning}", "yellow"), soft_wrap=True)
 
 
-def _print_states(out: "Console", states: list[dict[str, Any]]) -> None:
+def _print_states(out: "Console", states: list[dict[str, Any]], settings: Settings) -> None:
     if not states:
         out.print("no sagas")
         return
@@ -142,7 +142,8 @@ def _print_states(out: "Console", states: list[dict[str, Any]]) -> None:
     out.print(shown)
     stale = [row for row in states if row["state"] in UNRESOLVED and row["oldest_age"] > _STALE]
     if stale:
-        out.print("Some have been open for more than an hour: sagalog list --open-longer-than 1h")
+        listing = settings.command("list", "--open-longer-than", "1h")
+        out.print(plain(f"Some have been open for more than an hour: {listing}"), soft_wrap=True)
 
 
 def _print_executors(out: "Console", executors: list[dict[str, Any]]) -> None:
@@ -157,7 +158,7 @@ def _print_executors(out: "Console", executors: list[dict[str, Any]]) -> None:
     out.print(shown)
 
 
-def _print_needs(out: "Console", needs: dict[str, Any]) -> None:
+def _print_needs(out: "Console", needs: dict[str, Any], settings: Settings) -> None:
     if not needs["count"]:
         out.print("Nothing needs a person.")
         return
@@ -169,4 +170,5 @@ def _print_needs(out: "Console", needs: dict[str, Any]) -> None:
         for command in saga["next"]:
             out.print(plain(f"    {command}", "cyan"), soft_wrap=True)
     if needs["count"] > len(needs["sagas"]):
-        out.print(f"  ... and {needs['count'] - len(needs['sagas'])} more: sagalog list --state failed_compensation")
+        listing = settings.command("list", "--state", "failed_compensation")
+        out.print(plain(f"  ... and {needs['count'] - len(needs['sagas'])} more: {listing}"), soft_wrap=True)

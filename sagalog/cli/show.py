@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
     from sagalog import AuditRecord, SagaRecord, StepRecord
 
-_BAR = 24
+_LONGEST_BAR, _SHORTEST_BAR = 24, 8
+_BESIDE_THE_BAR = 64
+"""So many columns of a terminal are for the words; the bars get shorter before these are broken."""
 
 
 def register(app: typer.Typer) -> None:
@@ -52,7 +54,8 @@ def show(
     for line in _head(saga):
         out.print(line, soft_wrap=True)
     if saga.steps:
-        out.print(_timeline(saga, _drawable(out)))
+        length = min(max(out.width - _BESIDE_THE_BAR, _SHORTEST_BAR), _LONGEST_BAR)
+        out.print(_timeline(saga, _drawable(out), length))
     if audit:
         out.print(_audit_table(audit))
     if payloads:
@@ -82,7 +85,7 @@ def _head(saga: "SagaRecord") -> "Iterator[Text]":
             yield Text.assemble((f"{name}: ", "dim"), plain(value))
 
 
-def _timeline(saga: "SagaRecord", mark: str) -> "Table":
+def _timeline(saga: "SagaRecord", mark: str, length: int) -> "Table":
     undoes: dict[int, list[int]] = {}
     for step in saga.steps:
         if step.compensated_by is not None:
@@ -95,7 +98,7 @@ def _timeline(saga: "SagaRecord", mark: str) -> "Table":
     for step in saga.steps:
         took = "" if step.ended_at is None else shown_duration(step.ended_at - step.started_at)
         after = shown_duration(step.started_at - start)
-        bar = _bar(step, start, end, mark)
+        bar = _bar(step, start, end, mark, length)
         shown.add_row(
             str(step.step_index), plain(step.name), state(step.state), after, took, bar, _remarks(step, undoes)
         )
@@ -105,12 +108,12 @@ def _timeline(saga: "SagaRecord", mark: str) -> "Table":
 _MOVING = ("running", "compensating")
 
 
-def _bar(step: "StepRecord", start: datetime, end: datetime, mark: str) -> "Text":
+def _bar(step: "StepRecord", start: datetime, end: datetime, mark: str, length: int) -> "Text":
     from rich.text import Text
 
     span = max(end - start, timedelta(milliseconds=1))
-    first = min(int((step.started_at - start) / span * _BAR), _BAR - 1)
-    last = max(int(((step.ended_at or end) - start) / span * _BAR), first + 1)
+    first = min(int((step.started_at - start) / span * length), length - 1)
+    last = max(int(((step.ended_at or end) - start) / span * length), first + 1)
     # A step without an end may be under way, or in doubt.
     return Text(" " * first + (mark if step.ended_at else "?") * (last - first), STATE_STYLES.get(step.state, ""))
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import Connection, Engine, column, inspect, select, table
 from sqlalchemy.engine import Dialect
 
+from sagalog.earlier import found_tables, strange_in
 from sagalog.errors import UnusableBind
 from sagalog.log.database import Operation
 from sagalog.log.faults import SQLITE_BUSY, sqlite_code
@@ -44,8 +45,10 @@ def read_found(connection: Connection, placement: Placement) -> Found:
     looking = inspect(connection)
     schema, prefix = placement
     if not looking.has_table(prefix + VERSION_TABLE, schema=schema):
-        there = any(looking.has_table(prefix + name, schema=schema) for name in ("saga", "saga_step"))
-        return Found(None, unversioned_tables=there)
+        tables = found_tables(connection, placement)
+        if not {"saga", "saga_step"}.intersection(tables):
+            return Found(None)
+        return Found(None, unversioned_tables=True, strange=tuple(strange_in(connection, placement, tables)))
 
     version = table(prefix + VERSION_TABLE, column("version_num"), schema=schema)
     revisions = connection.execute(select(version.c.version_num)).scalars().all()

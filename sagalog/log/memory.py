@@ -29,4 +29,5 @@ def fill_migrated(connection: sqlite3.Connection) -> None:
             migrations.upgrade(create_engine("sqlite://", creator=lambda: made, poolclass=StaticPool))
             _template = (os.getpid(), made)
             atexit.register(made.close)
+        # Not by serialize and deserialize: they would take the connection out of the database that others know by name.
         _template[1].backup(connection)

@@ -24,11 +24,12 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from sagalog.earlier import found_tables
 from sagalog.errors import UnusableBind
 from sagalog.log.bind import forget_verified, in_driver_transaction, name_of, read_found, take_write_lock
 from sagalog.log.database import Call, Kind, Operation
 from sagalog.log.faults import driver_error, translate
-from sagalog.migrations.adopt import check_shape, complete_indexes, found_tables
+from sagalog.migrations.adopt import check_shape, complete_indexes
 from sagalog.placement import Placement
 from sagalog.schema import BASE, VERSION_TABLE, Found
 

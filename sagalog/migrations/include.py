@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, overload
 
 from sqlalchemy.exc import SAWarning
 
-from sagalog.migrations.adopt import TABLES
+from sagalog.earlier import TABLES
 from sagalog.schema import VERSION_TABLE
 
 NameFilter: TypeAlias = Callable[[str | None, str, MutableMapping[Any, str | None]], bool]

@@ -13,18 +13,21 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import selectinload
 
 from fastapi_shop.bank import Bank, BankUnreachable
-from fastapi_shop.models import Order, database_url
+from fastapi_shop.courier import Courier
+from fastapi_shop.models import Order, Parcel, database_url
 from fastapi_shop.orders import OrderRequest, SoldOut, place, settle_all
+from fastapi_shop.parcels import parcels_over
 from fastapi_shop.report import in_doubt
-from sagalog import AsyncSagaLog, KeyConflict, Saga, migrations
+from sagalog import AsyncSagaCoordinator, AsyncSagaLog, KeyConflict, Saga, migrations
 
 
-def create_app(url: str | None = None, bank: Bank | None = None) -> FastAPI:
+def create_app(url: str | None = None, bank: Bank | None = None, courier: Courier | None = None) -> FastAPI:
     """Build the application; its tables must be there when it starts: `alembic upgrade head`.
 
     Args:
         url: The database; by default the one in SHOP_URL.
         bank: Who charges cards.
+        courier: Who fetches parcels.
     """
     bank = bank or Bank()
 
@@ -34,9 +37,11 @@ def create_app(url: str | None = None, bank: Bank | None = None) -> FastAPI:
         try:
             await migrations.check(engine)
             app.state.sessions = async_sessionmaker(engine, expire_on_commit=False)
+            app.state.parcels = parcels = parcels_over(engine, courier or Courier())
             async with app.state.sessions() as session:
-                await settle_all(session, bank)
-            yield
+                await settle_all(session, bank, parcels)
+            async with parcels.worker():
+                yield
         finally:
             await engine.dispose()
 
@@ -44,6 +49,7 @@ def create_app(url: str | None = None, bank: Bank | None = None) -> FastAPI:
     app.state.bank = bank
     app.post("/orders", status_code=201)(post_order)
     app.get("/orders/{order_id}")(get_order)
+    app.get("/orders/{order_id}/parcel")(get_parcel)
     app.get("/doubts")(get_doubts)
     app.exception_handler(SoldOut)(_refused)
     app.exception_handler(KeyConflict)(_refused)
@@ -63,15 +69,26 @@ def bank_of(request: Request) -> Bank:
     return bank
 
 
+def parcels_of(request: Request) -> AsyncSagaCoordinator:
+    """Who sends what is paid."""
+    parcels: AsyncSagaCoordinator = request.app.state.parcels
+    return parcels
+
+
 SessionOf = Annotated[AsyncSession, Depends(session_of)]
 BankOf = Annotated[Bank, Depends(bank_of)]
+ParcelsOf = Annotated[AsyncSagaCoordinator, Depends(parcels_of)]
 
 
 async def post_order(
-    wanted: OrderRequest, session: SessionOf, bank: BankOf, idempotency_key: Annotated[str | None, Header()] = None
+    wanted: OrderRequest,
+    session: SessionOf,
+    bank: BankOf,
+    parcels: ParcelsOf,
+    idempotency_key: Annotated[str | None, Header()] = None,
 ) -> dict[str, Any]:
     """Buy something."""
-    order = await place(session, bank, wanted, idempotency_key)
+    order = await place(session, bank, parcels, wanted, idempotency_key)
     return await get_order(order.id, session)
 
 
@@ -83,6 +100,14 @@ async def get_order(order_id: int, session: SessionOf) -> dict[str, Any]:
         raise HTTPException(404)
     steps = {step.name: step.state for step in order.saga.steps}
     return {"id": order.id, "status": order.status, "saga": order.saga.state, "steps": steps}
+
+
+async def get_parcel(order_id: int, session: SessionOf) -> dict[str, str]:
+    """See where its parcel is; there is none before the worker has sent it."""
+    parcel = await session.get(Parcel, order_id)
+    if parcel is None:
+        raise HTTPException(404)
+    return {"tracking": parcel.tracking}
 
 
 async def get_doubts(session: SessionOf) -> list[str]:

@@ -42,3 +42,12 @@ class Order(Base):
 
     # By the class: the name "Saga" alone is unknown in the shop's own registry. Queries that need it load it.
     saga: Mapped[Saga] = relationship(Saga, lazy="raise")
+
+
+class Parcel(Base):
+    """What is on its way."""
+
+    __tablename__ = "parcel"
+
+    order_id: Mapped[int] = mapped_column(ForeignKey(Order.id), primary_key=True)
+    tracking: Mapped[str]

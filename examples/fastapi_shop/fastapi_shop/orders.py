@@ -2,7 +2,8 @@
 
 Two steps: stock is reserved in the shop's own database, and a card is charged
 elsewhere. The rows of the shop and those of the saga log are always written in
-one transaction: either both are there, or neither.
+one transaction: either both are there, or neither. A paid order is sent by a
+saga of the coordinator's, see `fastapi_shop.parcels`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from fastapi_shop.bank import Bank, BankUnreachable, CardCharged, CardDeclined, ChargeCard
 from fastapi_shop.models import Order, Product
-from sagalog import AsyncSagaLog, SagaOutcome
+from fastapi_shop.parcels import send
+from sagalog import AsyncSagaCoordinator, AsyncSagaLog, SagaOutcome
 
 
 class OrderRequest(BaseModel):
@@ -40,12 +42,15 @@ class SoldOut(Exception):
 RESERVE, CHARGE = 0, 1
 
 
-async def place(session: AsyncSession, bank: Bank, wanted: OrderRequest, key: str | None) -> Order:
+async def place(
+    session: AsyncSession, bank: Bank, parcels: AsyncSagaCoordinator, wanted: OrderRequest, key: str | None
+) -> Order:
     """Place an order; the same key again is the same order, not a second one.
 
     Args:
         session: The request's.
         bank: Who charges the card.
+        parcels: Who sends what is paid.
         wanted: What the customer wants.
         key: The request's own name, given by the customer's program.
 
@@ -57,7 +62,7 @@ async def place(session: AsyncSession, bank: Bank, wanted: OrderRequest, key: st
     order = await _accept(session, wanted, key)
     await session.commit()
     if order.status == "accepted":
-        await _charge(session, bank, order)
+        await _charge(session, bank, parcels, order)
     return order
 
 
@@ -83,7 +88,7 @@ async def _accept(session: AsyncSession, wanted: OrderRequest, key: str | None) 
     return order
 
 
-async def _charge(session: AsyncSession, bank: Bank, order: Order) -> None:
+async def _charge(session: AsyncSession, bank: Bank, parcels: AsyncSagaCoordinator, order: Order) -> None:
     """Ask the bank, holding no transaction; then write what it said. Asking again under the same key is harmless."""
     saga = await AsyncSagaLog(session).get(order.saga_id)
     charge = saga.steps[CHARGE].decode_cmd(ChargeCard)
@@ -94,16 +99,17 @@ async def _charge(session: AsyncSession, bank: Bank, order: Order) -> None:
     except CardDeclined as declined:
         await _undo(session, order, str(declined))
     else:
-        await _complete(session, order, charged)
+        await _complete(session, parcels, order, charged)
     await session.commit()
 
 
-async def _complete(session: AsyncSession, order: Order, charged: CardCharged) -> None:
+async def _complete(session: AsyncSession, parcels: AsyncSagaCoordinator, order: Order, charged: CardCharged) -> None:
     if not await _moved(session, order, "paid"):
         return
     log = AsyncSagaLog(session)
     await log.finish_step(order.saga_id, CHARGE, [charged])
     await log.terminate(order.saga_id, SagaOutcome.completed())
+    await send(parcels, session, order)
 
 
 async def _undo(session: AsyncSession, order: Order, reason: str) -> None:
@@ -122,10 +128,10 @@ async def _moved(session: AsyncSession, order: Order, status: str) -> bool:
     return await session.scalar(mine.returning(Order.id)) is not None
 
 
-async def settle_all(session: AsyncSession, bank: Bank) -> None:
+async def settle_all(session: AsyncSession, bank: Bank, parcels: AsyncSagaCoordinator) -> None:
     """Finish or undo what interrupted requests left; the application does it when it starts."""
     unresolved = [saga.saga_id for saga in await AsyncSagaLog(session).unresolved_sagas()]
     orders = await session.scalars(select(Order).where(Order.saga_id.in_(unresolved)).order_by(Order.id))
     for order in orders.all():
         with suppress(BankUnreachable):  # it stays in doubt, for the next time
-            await _charge(session, bank, order)
+            await _charge(session, bank, parcels, order)

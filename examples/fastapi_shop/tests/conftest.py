@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from fastapi_shop.app import create_app
 from fastapi_shop.bank import Bank
+from fastapi_shop.courier import Courier
 from fastapi_shop.models import Product
 
 ALEMBIC = Path(__file__).parent.parent / "alembic.ini"
@@ -66,14 +67,22 @@ def bank() -> Bank:
 
 
 @pytest.fixture
-def app(url: str, bank: Bank, database: Engine, alembic_engine: AsyncEngine, alembic_config: Config) -> FastAPI:
+def courier() -> Courier:
+    """Who fetches the parcels."""
+    return Courier()
+
+
+@pytest.fixture
+def app(
+    url: str, bank: Bank, courier: Courier, database: Engine, alembic_engine: AsyncEngine, alembic_config: Config
+) -> FastAPI:
     """The shop, migrated, with three packets of tea."""
     alembic_config.attributes["connection"] = alembic_engine
     command.upgrade(alembic_config, "head")
     with Session(database) as session:
         session.add(Product(sku="TEA-1", pence=250, stock=3))
         session.commit()
-    return create_app(url, bank)
+    return create_app(url, bank, courier)
 
 
 @pytest.fixture

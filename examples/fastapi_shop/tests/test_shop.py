@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -27,8 +28,10 @@ def stock(database: Engine) -> int:
 
 
 def counts(database: Engine) -> dict[str, int]:
+    """The orders, and their sagas by state."""
     with Session(database) as session:
-        return {"orders": len(session.scalars(select(Order)).all()), **SagaLog(session).counts()}
+        sagas = Counter(saga.state for saga in SagaLog(session).find(name="place_order"))
+        return {"orders": len(session.scalars(select(Order)).all()), **sagas}
 
 
 def test_an_order_is_paid(client: TestClient, bank: Bank, database: Engine) -> None:
@@ -125,7 +128,7 @@ class Watched(Bank):
         self.asked += 1
         if self.asked == 1:
             async with self.app.state.sessions() as session:
-                await settle_all(session, self)
+                await settle_all(session, self, self.app.state.parcels)
         return await super().charge(charge, key)
 
 
