@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from sagalog.errors import LeaseLost, SagaLogError, StepNotFound
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.guarded import Decided, head_of, step_refused
-from sagalog.log.statements import Statement
 from sagalog.states import StepState
 
 
@@ -44,23 +43,26 @@ class Owned(Decided):
         cancellable: Whether it is refused once a cancel was asked for; `CancelAsked` tells.
     """
 
-    __slots__ = ("_cancellable", "_epoch", "_unowned")
+    __slots__ = ("_cancellable",)
 
     def __init__(self, fence: Fence, decided: Decided, *, cancellable: bool = False) -> None:
         values = decided._values
-        values["epoch_"] = self._epoch = fence.epoch
-        self._unowned = decided._explain
+        values["epoch_"] = fence.epoch
+        self.asked = decided.asked
+        self.kind = decided.kind
+        self.saga_id = decided.saga_id
+        self.step_index = decided.step_index
+        self._statement = decided._statement
+        self._values = values
+        self._explain = decided._explain
         self._cancellable = cancellable
-        super().__init__(
-            decided.asked, decided.kind, decided._statement, values, self._why, fence.saga_id, decided.step_index
-        )
 
-    def _chosen(self, db: Database) -> Statement:
-        return self._statement(db.sql.owned)  # type: ignore[arg-type]
+    def _statements(self, db: Database) -> Any:
+        return db.sql.owned
 
-    def _why(self, db: Database) -> SagaLogError | None:
-        head = check_owner(db, self.asked, Fence(self.saga_id, self._epoch), self.step_index)
-        refusal = self._unowned(db)
+    def _refusal(self, db: Database) -> SagaLogError | None:
+        head = check_owner(db, self.asked, Fence(self.saga_id, self._values["epoch_"]), self.step_index)
+        refusal = self._explain(db)
         if refusal is not None and self._cancellable and head[5] is not None:
             return CancelAsked(self.asked, self.saga_id, head[5])
         return refusal

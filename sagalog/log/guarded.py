@@ -12,7 +12,7 @@ from typing import Any
 
 from sagalog.errors import InvalidTransition, LogUnavailable, SagaLogError, SagaNotFound, where
 from sagalog.log.database import Database, Kind, Operation
-from sagalog.log.statements import Statement, Statements
+from sagalog.log.statements import Statement
 from sagalog.states import FINAL, OUTSTANDING, SagaState, StepState, step_sources
 
 TRIES = 20
@@ -41,7 +41,7 @@ class Decided(Operation[None]):
         self,
         asked: str,
         kind: Kind,
-        statement: Callable[[Statements], Statement],
+        statement: Callable[[Any], Statement],
         values: dict[str, Any],
         explain: Callable[[Database], SagaLogError | None],
         saga_id: int,
@@ -60,7 +60,7 @@ class Decided(Operation[None]):
         if self._acted(db):
             return
         for _ in range(TRIES):
-            refusal = self._explain(db)
+            refusal = self._refusal(db)
             if refusal is None:
                 return
             if not isinstance(refusal, Changed):
@@ -75,15 +75,19 @@ class Decided(Operation[None]):
             hint="Other processes work on the same saga; repeat it.",
         )
 
-    def _acted(self, db: Database) -> bool:
-        self._values["at_"] = db.now()
-        statement = self._chosen(db)
-        if self.kind is Kind.LOCKED:
-            return db.write_locked(statement, self._values, self.asked) == 1
-        return db.write(statement, self._values) == 1
+    def _refusal(self, db: Database) -> SagaLogError | None:
+        return self._explain(db)
 
-    def _chosen(self, db: Database) -> Statement:
-        return self._statement(db.sql)
+    def _acted(self, db: Database) -> bool:
+        values = self._values
+        values["at_"] = db.now()
+        statement = self._statement(self._statements(db))
+        if self.kind is Kind.LOCKED:
+            return db.write_locked(statement, values, self.asked) == 1
+        return db.write(statement, values) == 1
+
+    def _statements(self, db: Database) -> Any:
+        return db.sql
 
 
 def steps_in_the_way(db: Database, asked: str, saga_id: int, target: SagaState, found: str) -> InvalidTransition | None:
