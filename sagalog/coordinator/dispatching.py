@@ -42,6 +42,9 @@ def admitted(run: Run, cmd: Any) -> Handler:
     Raises:
         UnusableHandler: None takes it, or nothing says how it is undone, or the shell cannot call it.
     """
+    known_fit = run.policy.admitted.get(type(cmd))
+    if known_fit is not None:
+        return known_fit
     bus = run.policy.bus
     handler = bus.handler_of(cmd)
     bus.check_undoable(handler)
@@ -53,6 +56,7 @@ def admitted(run: Run, cmd: Any) -> Handler:
             'the coordinator says on_unknown="compensate", and its compensation does not admit an output of None',
             hint="Annotate the output as X | None, or say on_unknown='stop' at the handler.",
         )
+    run.policy.admitted[type(cmd)] = handler
     return handler
 
 
@@ -67,11 +71,12 @@ def check_callable(policy: Policy, handler: Handler) -> None:
 async def dispatch(run: Run, cmd: Any) -> Any:
     """Do a command: write it, call its handler, write how it ended."""
     run.refuse_stopped()
-    step, beginning = _placed(run, admitted(run, cmd), cmd)
+    handler = admitted(run, cmd)
+    step, beginning = _placed(run, handler, cmd)
     if beginning is not None:
         await run.written(beginning)
         run.steps[step.index] = step
-    return await _ended(run, step, begun=beginning is not None)
+    return await _ended(run, handler, step, begun=beginning is not None)
 
 
 async def dispatch_all(run: Run, commands: Sequence[Any]) -> list[Any]:
@@ -83,7 +88,12 @@ async def dispatch_all(run: Run, commands: Sequence[Any]) -> list[Any]:
     if beginnings:
         await run.written(fencing.joined("dispatch_all", run.fence, beginnings))
     run.steps.update((step.index, step) for step, _ in placed)
-    ends = await Together([_ended(run, step, begun=beginning is not None) for step, beginning in placed])
+    ends = await Together(
+        [
+            _ended(run, handler, step, begun=beginning is not None)
+            for handler, (step, beginning) in zip(handlers, placed, strict=True)
+        ]
+    )
     errors = [end.error for end in ends if end.error is not None]
     if errors:
         # What ends the whole process comes before what ends a step.
@@ -99,18 +109,18 @@ def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Operation[None]
     if recorded is not None:
         recorded.cmd = cmd
         return recorded, None
-    due = due_of(handler)
-    step = Step(index, handler.name, text, StepState.PENDING, now_ms(), due, cmd=cmd)
+    now = now_ms()
+    due = due_of(handler, now)
+    step = Step(index, handler.name, text, StepState.PENDING, now, due, cmd=cmd)
     begin = owned_steps.begin_step(run.fence, index, handler.name, text, due, cancellable=not run.reached_pivot)
     return step, begin
 
 
-async def _ended(run: Run, step: Step, *, begun: bool) -> Any:
+async def _ended(run: Run, handler: Handler, step: Step, *, begun: bool) -> Any:
     """What a step returned; one that an earlier process left in doubt is tried again if that does no harm.
 
     A doubt stays in the log, and stops the saga.
     """
-    handler = run.policy.bus.handler_of(step.cmd)
     if step.state is StepState.SUCCEEDED:
         return handler.read_output(step.output_json, run.saga_id, step.index)
     if step.state is StepState.FAILED:

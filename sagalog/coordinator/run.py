@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
 from sagalog.coordinator.definition import Definition
-from sagalog.coordinator.effects import Sleep, Write
+from sagalog.coordinator.effects import Flow, Sleep, Write
 from sagalog.errors import (
     LeaseLost,
     LogUnavailable,
@@ -86,6 +86,8 @@ class Policy:
     bus: CommandBus
     on_unknown: OnUnknown
     asynchronous: bool
+    admitted: dict[type[Any], Handler] = field(default_factory=dict)
+    """The handlers of commands that were found fit to be dispatched; what is registered later makes none unfit."""
 
 
 class Run:
@@ -226,15 +228,16 @@ class Run:
             self._held = held
             await self.written(last)
 
-    async def written(self, operation: Operation[R]) -> R:
+    def written(self, operation: Operation[R]) -> Flow[R]:
         """Write as the owner; a log that is out of reach for a moment is waited for, for every write may be repeated.
 
         Raises:
             LeaseLost: Another executor owns the saga now.
             LogUnavailable: The log stayed out of reach; recovery decides.
         """
-        if not self._held:
-            return await self._write(operation)
+        return self._write_with_held(operation) if self._held else self._write(operation)
+
+    async def _write_with_held(self, operation: Operation[R]) -> R:
         held, self._held = self._held, []
         try:
             return await self._write(fencing.joined(operation.asked, self.fence, [*held, operation]))

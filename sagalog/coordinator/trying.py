@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
@@ -26,24 +25,21 @@ from sagalog.states import StepState
 ONCE: Final = Retry(attempts=1)
 
 
-@dataclass(frozen=True, slots=True)
-class Succeeded:
+class Succeeded(NamedTuple):
     """A try succeeded; `text` is its events as the log holds them."""
 
     value: Any
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(NamedTuple):
     """A try did nothing."""
 
     reason: str
     error: BaseException | None
 
 
-@dataclass(frozen=True, slots=True)
-class Doubt:
+class Doubt(NamedTuple):
     """It is not known what became of a try."""
 
     reason: str
@@ -72,10 +68,12 @@ async def tried(
     key = run.key_of(step.index) if compensates is None else f"{compensates.idempotency_key}:undo"
     transactional = handler.transactional
     while True:
-        due = now_ms() + int(handler.timeout * 1000)
+        now = now_ms()
+        due = now + int(handler.timeout * 1000)
         info = Info(run.saga_id, step.index, attempt, due, key, compensates)
         ending = _Ending(run, step, undo=compensates is not None) if transactional else None
-        await _keep_up(run, handler, step)
+        if step.deadline_at is not None and now >= step.deadline_at:
+            await _keep_up(run, handler, step)
         try:
             value: Any = await Invoke(handler, cmd, info, run.fence, ending)
         except fencing.AlreadyEnded as found:
@@ -191,9 +189,9 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     return outcome
 
 
-def due_of(handler: Handler) -> int:
+def due_of(handler: Handler, now: int | None = None) -> int:
     """Until when something of a try that begins now may be under way; Unix milliseconds."""
-    return now_ms() + int((handler.timeout + handler.settle) * 1000)
+    return (now or now_ms()) + int((handler.timeout + handler.settle) * 1000)
 
 
 def failure_of_step(run: Run, step: Step, outcome: Refused | Doubt) -> StepFailed:

@@ -220,22 +220,23 @@ class AutocommitDatabase(PostgresCursorDatabase):
         sql: The statements.
         dialect: The engine's.
         connection: The driver's; one that knows pipelines sends all of a transaction in one round trip.
+        spare: Another cursor, for each keeps the result of one statement.
     """
 
-    def __init__(self, cursor: Any, sql: Statements, dialect: Dialect, connection: Any) -> None:
+    def __init__(self, cursor: Any, sql: Statements, dialect: Dialect, connection: Any, spare: Any) -> None:
         super().__init__(cursor, sql, dialect)
         self._connection = connection
+        self._spare = spare
 
     def write_locked(self, statement: Statement, values: dict[str, Any], asked: str) -> int:
         """See `Database`."""
         text, order = self.sql.lock_saga.ready(self._dialect)
-        other = self._connection.cursor()  # for each keeps the result of one statement
+        spare = self._spare
         with self._in_one_round_trip():
-            other.execute(BEGIN)
-            other.execute(text, order(values))
+            spare.execute(BEGIN)
+            spare.execute(text, order(values))
             self._send(statement, values)
-            other.execute("COMMIT")
-        other.close()
+            spare.execute("COMMIT")
         return self._changed()
 
     def _in_one_round_trip(self) -> AbstractContextManager[Any]:

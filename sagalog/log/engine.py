@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, PoolProxiedConnection
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from sagalog.errors import SagaExists, SagaLogError, StepExists, UnusableBind
@@ -156,19 +156,22 @@ class EngineBind:
         try:
             was_autocommit = driver.autocommit
             driver.autocommit = True
-            cursor = connected.cursor()
+            kept = operation.kind is not Kind.READ  # whose rows would stay in memory with the cursor
+            cursors = _kept_cursors(connected) if kept else (connected.cursor(),)
+            cursor = cursors[0]
             try:
                 if transacting:
                     cursor.execute(BEGIN)
                     result = operation.run(PostgresCursorDatabase(cursor, self._sql, dialect))
                     cursor.execute("COMMIT")
                 else:
-                    result = operation.run(AutocommitDatabase(cursor, self._sql, dialect, driver))
+                    result = operation.run(AutocommitDatabase(cursor, self._sql, dialect, driver, cursors[-1]))
             except SagaLogError as error:
                 if transacting:
                     cursor.execute("ROLLBACK")
                 refusal = error
-            cursor.close()
+            if not kept:
+                cursor.close()
             driver.autocommit = was_autocommit
         except Exception as error:
             lost = dialect.is_disconnect(error, driver, None)  # type: ignore[arg-type]
@@ -246,6 +249,17 @@ class EngineBind:
         """New connections; the old ones are the parent's, and stay open."""
         leave_to_parent(self._engine.pool)
         self._engine.dispose(close=False)
+
+
+def _kept_cursors(connected: PoolProxiedConnection) -> tuple[Any, ...]:
+    """Two cursors that stay with a pool's connection: to make one costs as much as a checkout."""
+    kept: tuple[Any, ...] | None = connected.info.get(_CURSORS)
+    if kept is None:
+        kept = connected.info[_CURSORS] = (connected.cursor(), connected.cursor())
+    return kept
+
+
+_CURSORS = "sagalog_cursors"
 
 
 class _HeldBind:

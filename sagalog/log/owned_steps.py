@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -15,6 +15,14 @@ from sagalog.log.steps import ending
 from sagalog.log.steps import mark_step_compensated as _mark_any_step_compensated
 from sagalog.payload import encode, printable
 from sagalog.states import OPEN_FOR_STEPS, StepState
+
+_ASKED: Mapping[StepState, str] = {
+    StepState.SUCCEEDED: "finish_step", StepState.FAILED: "fail_step", StepState.COMPENSATED: "end_undo",
+}  # fmt: skip
+"""What an ending is called in messages."""
+
+_finish_step = attrgetter("finish_step")
+_fail_step = attrgetter("fail_step")
 
 
 def begin_step(
@@ -68,24 +76,19 @@ def _inserting(
 
 def finish_step(fence: Fence, step_index: int, output_json: str) -> Operation[None]:
     """The step succeeded, and this is what it returned."""
-    return _ended(fence, step_index, StepState.SUCCEEDED, output_json, attrgetter("finish_step"))
+    return _ended(fence, step_index, StepState.SUCCEEDED, output_json, _finish_step)
 
 
 def fail_step(fence: Fence, step_index: int, reason: str) -> Operation[None]:
     """The step did nothing."""
     text = encode({"error": printable(reason)}, "fail_step", fence.saga_id, step_index)
-    return _ended(fence, step_index, StepState.FAILED, text, attrgetter("fail_step"))
+    return _ended(fence, step_index, StepState.FAILED, text, _fail_step)
 
 
 def _ended(
     fence: Fence, step_index: int, target: StepState, text: str, statement: Callable[[Statements], Statement]
 ) -> Owned:
-    return Owned(fence, ending(_asked(target), fence.saga_id, step_index, target, text, statement))
-
-
-def _asked(target: StepState) -> str:
-    """What an ending is called in messages."""
-    return {StepState.SUCCEEDED: "finish_step", StepState.FAILED: "fail_step"}.get(target, "end_undo")
+    return Owned(fence, ending(_ASKED[target], fence.saga_id, step_index, target, text, statement))
 
 
 def mark_step_compensated(fence: Fence, step_index: int) -> Operation[None]:
@@ -186,7 +189,7 @@ def _once(
     target: StepState,
     end: Callable[[Database, Fence, int, str], int],
 ) -> Operation[None]:
-    asked = _asked(target)
+    asked = _ASKED[target]
 
     def run(db: Database) -> None:
         if end(db, fence, step_index, output_json) == 1:
