@@ -14,8 +14,7 @@ from sagalog.coordinator.unwind import NOT_UNDONE, End, to_person, unwind
 from sagalog.errors import PayloadError, SagaFailed
 from sagalog.log import owning, reading
 from sagalog.log.fencing import Fence
-from sagalog.moments import to_ms
-from sagalog.records import SagaRecord
+from sagalog.log.reading import Stored
 from sagalog.states import FINAL, SagaState, StepState
 
 OnCrash: TypeAlias = Literal["compensate", "resume"]
@@ -105,13 +104,14 @@ async def finish_claimed(recovery: Recovery, fence: Fence) -> End | None:
         How it ended, or what it waits for; None if it was taken over again meanwhile.
     """
     # After the claim, never before: what was read earlier may have changed under the old owner.
-    record = await Write(reading.get(fence.saga_id))
+    record = await Write(reading.stored(fence.saga_id))
     if record.epoch != fence.epoch or record.state in FINAL:
         return None
     try:
         run = _run_of(recovery, record, fence)
     except ValueError as error:
-        unread = _run_of(recovery, record.model_copy(update={"steps": ()}), fence)
+        record.steps = []
+        unread = _run_of(recovery, record, fence)
         return await to_person(unread, f"its rows cannot be read: {error}")
     end = await _resolved(recovery, run, record)
     if end.waits is not None:
@@ -119,7 +119,7 @@ async def finish_claimed(recovery: Recovery, fence: Fence) -> End | None:
     return end
 
 
-def _run_of(recovery: Recovery, record: SagaRecord, fence: Fence) -> Run:
+def _run_of(recovery: Recovery, record: Stored, fence: Fence) -> Run:
     return Run(
         recovery.policy,
         recovery.definitions.get(record.name),
@@ -127,14 +127,14 @@ def _run_of(recovery: Recovery, record: SagaRecord, fence: Fence) -> Run:
         record.token or "",
         name=record.name,
         state=SagaState(record.state),
-        deadline_at=None if record.deadline_at is None else to_ms(record.deadline_at),
+        deadline_at=record.deadline_at,
         steps=[Step.of(step) for step in record.steps],
         patient=False,
         again=recovery.again,
     )
 
 
-async def _resolved(recovery: Recovery, run: Run, record: SagaRecord) -> End:
+async def _resolved(recovery: Recovery, run: Run, record: Stored) -> End:
     if record.recoveries > recovery.max_recoveries:
         return await to_person(run, f"it was taken over {record.recoveries} times and did not end")
     if may_resume(recovery, run, record):
@@ -144,13 +144,13 @@ async def _resolved(recovery: Recovery, run: Run, record: SagaRecord) -> End:
     return await unwind(run, _reason(record))
 
 
-def forward_or_back(recovery: Recovery, record: SagaRecord) -> SagaState:
+def forward_or_back(recovery: Recovery, record: Stored) -> SagaState:
     """Where an operator's retry leads: after a step that cannot be undone only forward, if no undo began."""
     run = _run_of(recovery, record, Fence(record.saga_id, record.epoch))
     return SagaState.RUNNING if run.reached_pivot and not run.undos else SagaState.COMPENSATING
 
 
-def may_resume(recovery: Recovery, run: Run, record: SagaRecord) -> bool:
+def may_resume(recovery: Recovery, run: Run, record: Stored) -> bool:
     """Whether the saga's function runs again: it was running, no undo began, and this function may go on with it."""
     definition = run.definition
     if definition is None or record.version not in definition.resumes or run.undos:
@@ -166,7 +166,7 @@ def _pivot_is_done(run: Run) -> bool:
     return any(run.is_pivot(step) and step.state is StepState.SUCCEEDED for step in run.steps.values())
 
 
-def _cannot_resume(run: Run, record: SagaRecord) -> str:
+def _cannot_resume(run: Run, record: Stored) -> str:
     if run.definition is not None and record.version not in run.definition.resumes:
         why_not = f"version {record.version} of it cannot be resumed by version {run.definition.version}"
     elif run.undos:
@@ -176,14 +176,14 @@ def _cannot_resume(run: Run, record: SagaRecord) -> str:
     return f"a step that cannot be undone succeeded, so it only goes forward, and {why_not}"
 
 
-def _reason(record: SagaRecord) -> str:
+def _reason(record: Stored) -> str:
     if record.cancel_reason is not None:
         return f"it was asked to cancel: {record.cancel_reason}"
     reason = (record.failure_reason or "").partition(NOT_UNDONE)[0]
     return reason or "its process stopped before it ended"
 
 
-async def _resume(run: Run, record: SagaRecord) -> End:
+async def _resume(run: Run, record: Stored) -> End:
     definition = run.definition
     assert definition is not None
     try:

@@ -22,8 +22,8 @@ from sagalog.errors import (
 from sagalog.log import fencing
 from sagalog.log.database import Operation
 from sagalog.log.fencing import Fence
-from sagalog.moments import now_ms, to_ms
-from sagalog.records import StepRecord
+from sagalog.log.reading import Stored
+from sagalog.moments import now_ms
 from sagalog.states import SagaState, StepState
 
 R = TypeVar("R")
@@ -53,16 +53,19 @@ class Step:
     tries: int = 0
 
     @classmethod
-    def of(cls, record: StepRecord) -> Step:
-        """From the log."""
-        deadline = None if record.deadline_at is None else to_ms(record.deadline_at)
+    def of(cls, record: Stored) -> Step:
+        """From the log.
+
+        Raises:
+            ValueError: Its state is none that this library knows.
+        """
         return cls(
             index=record.step_index,
             name=record.name,
             cmd_json=record.cmd_json,
             state=StepState(record.state),
-            started_at=to_ms(record.started_at),
-            deadline_at=deadline,
+            started_at=record.started_at,
+            deadline_at=record.deadline_at,
             output_json=record.output_json,
             compensated_by=record.compensated_by,
             error=record.error,

@@ -74,7 +74,7 @@ class TakingCore(Core):
         """Give a saga that needs a person back, and bring it to an end here."""
         await self.check_environment()
         await self.registered()
-        record = await Write(reading.get(saga_id))
+        record = await Write(reading.stored(saga_id, "retry"))
         self.definition_of(record.name)
         recovery = Recovery(
             self.policy, self.definitions, self.on_crash, self.max_recoveries, self.executor.executor_id, again
@@ -190,7 +190,7 @@ class TakingCore(Core):
         return await self.owning(fence, self._run_claimed, fence, definition, deadline)
 
     async def _run_claimed(self, fence: Fence, definition: Definition, deadline: int | None) -> Any:
-        record = await Write(reading.get(fence.saga_id))
+        record = await Write(reading.stored(fence.saga_id, "run"))
         run = Run(self.policy, definition, fence, record.token or "", name=definition.name, deadline_at=deadline)
         try:
             input = definition.read_input(record.input_json, fence.saga_id)

@@ -125,7 +125,7 @@ async def to_person(run: Run, reason: str) -> End:
 
 async def _reload(run: Run) -> None:
     """A write whose answer was lost may have ended a step that is pending here."""
-    record = await Write(reading.get(run.saga_id))
+    record = await Write(reading.stored(run.saga_id))
     for stored in record.steps:
         step = Step.of(stored)
         before = run.steps.get(step.index)
