@@ -199,6 +199,7 @@ ROADS = (
     "sqlite-connection",
     "sqlite-session",
     "sqlite-async-file",
+    "sqlite-async-file-normal",
     "sqlite-async-engine",
     "sqlite-async-session",
     "postgres-engine",
@@ -232,8 +233,8 @@ def open_road(name: str, sqlite_url: str, postgres_url: str | None) -> Iterator[
             log: Any = SagaLog.open(path, durability="normal" if "normal" in name else "full")
             stack.callback(log.close)
             yield Road(name, log, strange, nothing)
-        elif name == "sqlite-async-file":
-            opened = run(AsyncSagaLog.open(path))
+        elif name in ("sqlite-async-file", "sqlite-async-file-normal"):
+            opened = run(AsyncSagaLog.open(path, durability="normal" if "normal" in name else "full"))
             stack.callback(lambda: run(opened.close()))
             yield Road(name, Blocking(opened, loop), strange, nothing)
         elif name == "sqlite-memory":

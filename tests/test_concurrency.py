@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from sqlalchemy import create_engine, event, make_url
@@ -19,6 +21,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from sagalog import AsyncSagaLog, InvalidTransition, LogUnavailable, SagaLog, SagaLogError, SagaOutcome
 
+Durability = Literal["full", "normal"]
 SHARED = ("sqlite-file", "sqlite-memory", "sqlite-engine", "postgres-engine")
 
 
@@ -243,9 +246,13 @@ def _wait_for_lock(watcher: Any) -> None:
         watcher.rollback()
 
 
-def test_tasks_share_a_log(sqlite_path: Path) -> None:
+DURABILITIES = pytest.mark.parametrize("durability", ["full", "normal"])
+
+
+@DURABILITIES
+def test_tasks_share_a_log(sqlite_path: Path, durability: Durability) -> None:
     async def main() -> None:
-        async with await AsyncSagaLog.open(sqlite_path) as log:
+        async with await AsyncSagaLog.open(sqlite_path, durability=durability) as log:
 
             async def one(number: int) -> None:
                 saga = await log.create_saga("s", number)
@@ -268,7 +275,44 @@ def test_tasks_share_a_log(sqlite_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_a_cancelled_task_leaves_a_decided_write(migrated_url: str) -> None:
+@DURABILITIES
+def test_a_write_that_waits_for_another_process_lets_the_loop_go_on(sqlite_path: Path, durability: Durability) -> None:
+    async def main() -> None:
+        async with await AsyncSagaLog.open(sqlite_path, durability=durability) as log:
+            await log.start_saga(1, "s", None)
+            with closing(sqlite3.connect(sqlite_path, isolation_level=None)) as other:
+                other.execute("BEGIN IMMEDIATE")
+                write = asyncio.create_task(log.start_step(1, 0, "c", None))
+                for _ in range(3):
+                    await asyncio.to_thread(lambda: None)
+                assert not write.done()
+                other.execute("COMMIT")
+            await write
+            assert [step.state for step in (await log.get(1)).steps] == ["pending"]
+
+    asyncio.run(main())
+
+
+@DURABILITIES
+def test_a_task_that_writes_and_writes_lets_others_run(sqlite_path: Path, durability: Durability) -> None:
+    async def main() -> None:
+        turns: list[str] = []
+
+        async def writer(log: AsyncSagaLog, saga_id: int) -> None:
+            await log.start_saga(saga_id, "s", None)
+            for index in range(5):
+                await log.start_step(saga_id, index, "c", None)
+                turns.append(f"{saga_id}")
+
+        async with await AsyncSagaLog.open(sqlite_path, durability=durability) as log:
+            await asyncio.gather(writer(log, 1), writer(log, 2))
+        assert turns.index("2") < 5
+
+    asyncio.run(main())
+
+
+@DURABILITIES
+def test_a_cancelled_task_leaves_a_decided_write(migrated_url: str, durability: Durability) -> None:
     async def main(open_log: Callable[[], Any]) -> None:
         log = await open_log()
         await log.start_saga(1, "s", None)
@@ -296,7 +340,9 @@ def test_a_cancelled_task_leaves_a_decided_write(migrated_url: str) -> None:
         await log.close()
 
     async def over_file() -> Any:
-        return await AsyncSagaLog.open(migrated_url.removeprefix("sqlite:///"))
+        if migrated_url.startswith("sqlite"):
+            return await AsyncSagaLog.open(migrated_url.removeprefix("sqlite:///"), durability=durability)
+        return await AsyncSagaLog.open(migrated_url)
 
     asyncio.run(main(over_file))
 

@@ -120,6 +120,30 @@ class FileBind:
                 turns.hand_over()
         return own.outcome()  # type: ignore[no-any-return]
 
+    def try_now(self, operation: Operation[R]) -> Ticket[R] | None:
+        """Run one statement at once, if nothing and nobody has to be waited for.
+
+        Returns:
+            None if another caller writes, or another process holds the lock; else a ticket that holds the outcome.
+        """
+        turns, connections = self._turns, self._connections
+        if operation.kind is Kind.SEVERAL or connections.writer is None:
+            return None
+        with turns.mutex:
+            if turns.leading or turns.closed:
+                return None
+            turns.leading = True
+        ticket: Ticket[R] = Ticket(operation)
+        try:
+            ticket.value = operation.run(connections.database)
+        except sqlite3.Error as error:
+            if sqlite_code(error) == SQLITE_BUSY:
+                return None
+            ticket.value = self._alone(operation, error)
+        finally:
+            turns.hand_over()
+        return ticket
+
     def perform_all(self, tickets: Sequence[Ticket[Any]]) -> None:
         """Run the operations of several callers, with shared commits; each ticket then holds its outcome."""
         ready = [ticket for ticket in tickets if ticket.operation is not None]
