@@ -67,11 +67,11 @@ def _first_life(world: World, shop: FileShop, at: int | None, strike: Strike) ->
     return Child(live)
 
 
-def _recovery(world: World, shop: FileShop, at: int | None, recoveries: int) -> Child:
+def _recovery(world: World, shop: FileShop, at: int | None, recoveries: int, strike: Strike = "kill") -> Child:
     def live(say: Callable[[Any], None]) -> Any:
         log = world.open()
         coordinator = shop.build(log)
-        coordinator.interpose = Life(at, "kill", say)
+        coordinator.interpose = Life(at, strike, say)
         reports = []
         for _ in range(recoveries):
             time_passes(log)
@@ -134,36 +134,53 @@ def kills(world: World, scenario: Scenario, *, again: bool = False) -> Iterator[
 # SIGSTOP, a take-over, SIGCONT
 
 
-def woken(world: World, scenario: Scenario, stop: int) -> Case:
-    """Stop a saga's process at a point, let another one take over and finish, wake it up; then judge."""
-    case = Case(world, scenario, (stop,))
+def woken(world: World, scenario: Scenario, stop: int, within: int | None = None) -> Case:
+    """Stop a saga's process at a point, let another one take over, wake the first up; then judge.
+
+    Args:
+        world: The database.
+        scenario: The saga and its trouble.
+        stop: The point at which its process is stopped.
+        within: The point at which the one that recovers is stopped too, while the first wakes up; None lets it finish.
+    """
+    case = Case(world, scenario, (stop,) if within is None else (stop, within))
     shop = FileShop(scenario, world.ledger)
     world.begin_anew()
     zombie = _first_life(world, shop, stop, "stop")
     if not zombie.wait_stopped():
         zombie.answers()
         return case
-    [(reports, before)] = _recovery(world, shop, None, _RECOVERIES).answers()
+    recovery = _recovery(world, shop, within, _RECOVERIES, "stop")
+    is_within = within is not None and recovery.wait_stopped()
+    *at, (reports, found) = ([], ([], [])) if is_within else recovery.answers()
+    before = _look(world) if is_within else found
     zombie.send(signal.SIGCONT)
     point, (_, result) = zombie.answers()
     case.points.append(point)
     after = _look(world)
-    _judge(case, reports, after)
     if before and before[0].recoveries:
         case.problems += [f"a late write: {before} became {after}"] if before != after else []
         case.problems += [f"the zombie did not notice: {result!r}"] if result != "LeaseLost" else []
     elif result == "LeaseLost":
         case.problems.append("LeaseLost, and nobody took over")
+    if is_within:
+        recovery.send(signal.SIGCONT)
+        *at, (reports, after) = recovery.answers()
+        case.points += at
+    _judge(case, reports, after)
     return case
 
 
-def zombies(world: World, scenario: Scenario) -> Iterator[Case]:
-    """A scenario stopped and woken at each of its points in order."""
+def zombies(world: World, scenario: Scenario, *, within: bool = False) -> Iterator[Case]:
+    """A scenario stopped and woken at each of its points in order; `within`, at each point of its recovery as well."""
     for stop in itertools.count():
-        case = woken(world, scenario, stop)
-        if not case.points:
-            return
-        yield case
+        for at in itertools.count() if within else (None,):
+            case = woken(world, scenario, stop, at)
+            if not case.points:
+                return
+            if within and len(case.points) < 2:
+                break
+            yield case
 
 
 # The whole
@@ -272,7 +289,7 @@ def every_zombie(world: World, most: int) -> int:
     for scenario in _spread(chosen_scenarios(range(2, 4))):
         if tally.hits >= most:
             break
-        for case in zombies(world, scenario):
+        for case in zombies(world, scenario, within=scenario.steps == 2):
             tally.add(case)
     return tally.close()
 
@@ -294,7 +311,8 @@ def _replay(world: World, words: str, stops: str) -> int:
     steps, trouble, at, on_crash, on_unknown, retried = words.split(",")
     scenario = Scenario(int(steps), trouble, int(at), on_crash, on_unknown, retried == "True")
     bad = 0
-    for case in (killed(world, scenario, tuple(map(int, stops.split(",")))), woken(world, scenario, int(stops[0]))):
+    numbers = tuple(map(int, stops.split(",")))
+    for case in (killed(world, scenario, numbers), woken(world, scenario, *numbers[:2])):
         print(case)  # noqa: T201
         bad += bool(case.problems)
     return bad

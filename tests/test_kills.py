@@ -55,6 +55,13 @@ def test_a_process_that_sleeps_through_a_take_over_writes_nothing_afterwards(wor
     assert [str(case) for case in cases if case.problems] == []
 
 
+def test_a_process_that_wakes_up_while_another_recovers_its_saga_writes_nothing(world: World) -> None:
+    """The saga is open still, and only the epoch keeps its former owner out."""
+    cases = list(zombies(world, Scenario(1, "raises", 0, "compensate", "stop", retried=False), within=True))
+    assert len(cases) > 40
+    assert [str(case) for case in cases if case.problems] == []
+
+
 def test_many_processes_recover_each_saga_once(world: World) -> None:
     assert recovered_together(world, sagas=100, processes=4) == []
 
