@@ -133,15 +133,18 @@ def take_write_lock(connection: Any, cursor: Any, sleep: Callable[[float], Any])
         cursor: Of that connection; its busy timeout is put back.
         sleep: Waits so many seconds.
     """
-    timeout = connection.info.get(_TIMEOUT)
-    if timeout is None:
-        cursor.execute("PRAGMA busy_timeout")
-        timeout = connection.info[_TIMEOUT] = cursor.fetchall()[0][0]
-    cursor.execute("PRAGMA busy_timeout = 0")
+    execute, info = cursor.execute, connection.info
+    kept = info.get(_TIMEOUT)
+    if kept is None:
+        execute("PRAGMA busy_timeout")
+        timeout = cursor.fetchall()[0][0]
+        kept = info[_TIMEOUT] = timeout / 1000, f"PRAGMA busy_timeout = {timeout}"
+    seconds, put_back = kept
+    execute("PRAGMA busy_timeout = 0")
     try:
-        begin_immediate(cursor.execute, timeout / 1000, sleep)
+        begin_immediate(execute, seconds, sleep)
     finally:
-        cursor.execute(f"PRAGMA busy_timeout = {timeout}")
+        execute(put_back)
 
 
 _TIMEOUT = "sagalog_busy_timeout"

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from enum import Enum
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import Dialect
@@ -25,14 +24,26 @@ R = TypeVar("R")
 Rows: TypeAlias = Sequence[Sequence[Any]]
 
 
-class Kind(Enum):
-    """What an operation needs of its transaction."""
+class Kind:
+    """What an operation needs of its transaction; no Enum, for each look at a member would cost what a call does."""
 
-    READ = "one SELECT, a snapshot of its own"
-    WRITE = "one guarded statement that may be repeated"
-    INSERT = "one guarded INSERT; its repetition raises"
-    LOCKED = "one guarded statement by `write_locked`, that may be repeated"
-    SEVERAL = "several statements, all or none"
+    __slots__ = ("needs",)
+
+    READ: ClassVar[Kind]
+    WRITE: ClassVar[Kind]
+    INSERT: ClassVar[Kind]
+    LOCKED: ClassVar[Kind]
+    SEVERAL: ClassVar[Kind]
+
+    def __init__(self, needs: str) -> None:
+        self.needs = needs
+
+
+Kind.READ = Kind("one SELECT, a snapshot of its own")
+Kind.WRITE = Kind("one guarded statement that may be repeated")
+Kind.INSERT = Kind("one guarded INSERT; its repetition raises")
+Kind.LOCKED = Kind("one guarded statement by `write_locked`, that may be repeated")
+Kind.SEVERAL = Kind("several statements, all or none")
 
 
 class Operation(Generic[R]):

@@ -35,7 +35,7 @@ def begin_step(
         LeaseLost: Another executor owns the saga.
     """
     values = {"index_": step_index, "name_": name, "cmd_": cmd_json, "deadline_": deadline_at}
-    wanted = (name, StepState.PENDING.value, cmd_json, None)
+    wanted = (name, StepState.PENDING, cmd_json, None)
     return _inserting(
         fence, "dispatch", lambda sql: sql.begin_step(cancellable), values, wanted, cancellable=cancellable
     )
@@ -44,7 +44,7 @@ def begin_step(
 def record_step(fence: Fence, step_index: int, name: str, output_json: str, *, cancellable: bool) -> Operation[None]:
     """A row that was succeeded from the beginning: a moment or value that the function computed once."""
     values = {"index_": step_index, "name_": name, "cmd_": "null", "output_": output_json}
-    wanted = (name, StepState.SUCCEEDED.value, "null", output_json)
+    wanted = (name, StepState.SUCCEEDED, "null", output_json)
     return _inserting(
         fence, "record", lambda sql: sql.record_step(cancellable), values, wanted, cancellable=cancellable
     )
