@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from sagalog import CommandBus, Retry, SagaFailed, StepRejected, WrongEnvironment
+from sagalog import CommandBus, PayloadError, Retry, SagaFailed, StepRejected, WrongEnvironment
 from tests.coordinating import Charge, Killed, Order, Reserve, Shop, Stage
 
 NO_WAIT = Retry(attempts=1, initial=0)
@@ -386,6 +386,10 @@ def test_a_row_in_a_state_that_nobody_knows_is_a_persons_business(stage: Stage) 
     report = recoverer(stage).recover()
     assert "unheard_of" in report.failed_compensation[saga_id]
     assert shop.calls == ["reserve", "charge"]
+    with pytest.raises(PayloadError, match="unheard_of") as refused:
+        recoverer(stage).retry(saga_id, note="try", actor="ann")
+    assert (refused.value.saga_id, refused.value.step_index, refused.value.found) == (saga_id, 1, "unheard_of")
+    assert stage.log.get(saga_id).state == "failed_compensation"
 
 
 def test_one_recovery_takes_all_however_many_pages_they_fill(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

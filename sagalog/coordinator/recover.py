@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Write
-from sagalog.coordinator.run import Policy, Run, Step
+from sagalog.coordinator.run import Policy, Run, Step, known_state
 from sagalog.coordinator.saga import Waits, execute
 from sagalog.coordinator.unwind import NOT_UNDONE, End, to_person, unwind
 from sagalog.errors import PayloadError, SagaFailed
@@ -109,7 +109,7 @@ async def finish_claimed(recovery: Recovery, fence: Fence) -> End | None:
         return None
     try:
         run = _run_of(recovery, record, fence)
-    except ValueError as error:
+    except PayloadError as error:
         record.steps = []
         unread = _run_of(recovery, record, fence)
         return await to_person(unread, f"its rows cannot be read: {error}")
@@ -126,7 +126,7 @@ def _run_of(recovery: Recovery, record: Stored, fence: Fence) -> Run:
         fence,
         record.token or "",
         name=record.name,
-        state=SagaState(record.state),
+        state=known_state(SagaState, record.state, record.saga_id),
         deadline_at=record.deadline_at,
         steps=[Step.of(step) for step in record.steps],
         patient=False,

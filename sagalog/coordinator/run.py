@@ -16,17 +16,21 @@ from sagalog.coordinator.effects import Flow, Sleep, Write
 from sagalog.errors import (
     LeaseLost,
     LogUnavailable,
+    PayloadError,
     SagaLogError,
     UnusableHandler,
+    where,
 )
 from sagalog.log import fencing
 from sagalog.log.database import Operation
 from sagalog.log.fencing import Fence
 from sagalog.log.reading import Stored
 from sagalog.moments import now_ms
+from sagalog.payload import printable
 from sagalog.states import SagaState, StepState
 
 R = TypeVar("R")
+S = TypeVar("S", SagaState, StepState)
 _WAITS_FOR_THE_LOG: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -34,6 +38,24 @@ class Stopped(SagaLogError):
     """The saga may not go on: it was asked to cancel, its time is up, or it differs from what the log holds."""
 
     code = "saga_stopped"
+
+
+def known_state(kind: type[S], found: str, saga_id: int, step_index: int | None = None) -> S:
+    """A state as the log holds it.
+
+    Raises:
+        PayloadError: This library knows none of that name.
+    """
+    if found in tuple(kind):
+        return kind(found)
+    raise PayloadError(
+        f"working on {where(saga_id, step_index)}",
+        f"the stored state {printable(found)!r} is none that this library knows",
+        saga_id=saga_id,
+        step_index=step_index,
+        found=found,
+        hint="A later library may have written it: use that one. Otherwise a person ends the saga: resolve().",
+    )
 
 
 @dataclass(slots=True)
@@ -57,13 +79,13 @@ class Step:
         """From the log.
 
         Raises:
-            ValueError: Its state is none that this library knows.
+            PayloadError: Its state is none that this library knows.
         """
         return cls(
             index=record.step_index,
             name=record.name,
             cmd_json=record.cmd_json,
-            state=StepState(record.state),
+            state=known_state(StepState, record.state, record.saga_id, record.step_index),
             started_at=record.started_at,
             deadline_at=record.deadline_at,
             output_json=record.output_json,
