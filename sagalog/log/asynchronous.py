@@ -116,13 +116,13 @@ class _Waiting:
 class ThreadBind:
     """The file road for tasks: writes go to one worker thread, which commits once for all that wait.
 
-    At durability "normal" a commit waits for no disk, and the way to a thread and back costs six times as much: what
-    nothing stands in the way of is written in the loop.
+    In memory and at durability "normal" a commit waits for no disk, and the way to a thread and back costs six times as
+    much: what nothing stands in the way of is written in the loop.
     """
 
     def __init__(self, file: FileBind) -> None:
         self._file = file
-        self._syncs_late = file.durability == "normal" and file.path is not None
+        self._waits_for_no_disk = file.path is None or file.durability == "normal"
         self._waiting: deque[_Waiting] = deque()
         self._calls: SimpleQueue[str] = SimpleQueue()
         self._called = False
@@ -145,7 +145,7 @@ class ThreadBind:
             return await decided(asyncio.to_thread(self._file.perform, operation))
         if self._unit_task is not None:
             self._refuse_nested(operation.asked)
-        if self._syncs_late:
+        if self._waits_for_no_disk:
             await asyncio.sleep(0)  # for a task that writes and writes would let no other one run
             written = self._file.try_now(operation)
             if written is not None:
