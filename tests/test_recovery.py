@@ -8,8 +8,17 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from sagalog import CommandBus, PayloadError, Retry, SagaFailed, StepRejected, WrongEnvironment
-from tests.coordinating import Charge, Killed, Order, Reserve, Shop, Stage
+from sagalog import (
+    CommandBus,
+    InvalidTransition,
+    PayloadError,
+    Retry,
+    SagaFailed,
+    StepInfo,
+    StepRejected,
+    WrongEnvironment,
+)
+from tests.coordinating import Charge, Killed, Order, Refund, Reserve, Shop, Stage
 
 NO_WAIT = Retry(attempts=1, initial=0)
 
@@ -72,6 +81,25 @@ def test_recovery_keeps_the_reason_of_an_unwinding_that_was_cut_off(stage: Stage
     assert "no handler takes it" in record.failure_reason
     assert shop.calls == ["reserve", "charge", "refund", "refund", "release"]
     assert len(shop.keys["refund"]) == 1
+
+
+def test_an_undo_that_is_done_stays_done_when_the_next_is_refused(stage: Stage) -> None:
+    class Meddled(Shop):
+        def refund(self, cmd: Refund, step: StepInfo) -> None:
+            super().refund(cmd, step)
+            stage.sql("UPDATE saga_step SET state = 'compensated' WHERE step_index = 0")
+
+    shop = Meddled(stage.bus)
+    coordinator = stage.coordinator()
+    placing(coordinator, lambda ctx: ctx.dispatch("nonsense"))
+    with pytest.raises(InvalidTransition, match="step 0"):
+        coordinator.run("place_order", Order())
+    record = stage.log.get(stage.log.max_saga_id())
+    assert [(step.name, step.state) for step in record.steps] == [
+        ("Reserve", "compensated"), ("Charge", "compensated"), ("Refund", "compensated"),
+    ]  # fmt: skip
+    assert recoverer(stage).recover().compensated == [record.saga_id]
+    assert shop.calls == ["reserve", "charge", "refund"]
 
 
 def test_resume_answers_what_is_recorded_and_goes_on(stage: Stage) -> None:
