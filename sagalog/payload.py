@@ -37,7 +37,7 @@ def encode(value: Payload, asked: str, saga_id: int | None = None, step_index: i
             type and the reason, never the value.
     """
     try:
-        text = to_json(value, inf_nan_mode="constants").decode()
+        text = to_json(value).decode()  # NaN and infinity as such words
         # Whatever could read back as something else than what was given; only such text is checked further.
         if len(text) > _LONGEST_UNCHECKED or "null" in text or "NaN" in text or "Infinity" in text or "\\u0000" in text:
             _check_it_reads_back(value, text)

@@ -62,22 +62,22 @@ def read_found(connection: Connection, placement: Placement) -> Found:
 _verified: WeakKeyDictionary[Dialect, set[Placement]] = WeakKeyDictionary()
 
 
+def verified_on(dialect: Dialect) -> set[Placement]:
+    """The placements on which `verify_once` has nothing more to do; a migration empties it."""
+    return _verified.setdefault(dialect, set())
+
+
 def verify_once(dialect: Dialect, sql: Statements, database: str, look: Callable[[], Found]) -> None:
     """Before an engine's first statement: is the schema one that this library can work on?"""
-    verified = _verified.setdefault(dialect, set())
+    verified = verified_on(dialect)
     if sql.placement not in verified:
         verify(look(), database)
         verified.add(sql.placement)
 
 
-def is_verified(dialect: Dialect, placement: Placement) -> bool:
-    """Whether `verify_once` has nothing more to do."""
-    return placement in _verified.get(dialect, ())
-
-
 def forget_verified(dialect: Dialect) -> None:
     """A migration changes what was verified."""
-    _verified.pop(dialect, None)
+    verified_on(dialect).clear()
 
 
 def name_of(engine: Engine) -> str:

@@ -13,7 +13,7 @@ from sqlalchemy import inspect as sa_inspect
 from sqlalchemy.orm import Session
 
 from sagalog.errors import SagaLogError, UnusableBind
-from sagalog.log.bind import in_driver_transaction, is_verified, name_of, read_found, take_write_lock, verify_once
+from sagalog.log.bind import in_driver_transaction, name_of, read_found, take_write_lock, verified_on, verify_once
 from sagalog.log.database import Call, CoreDatabase, Kind, Operation
 from sagalog.log.faults import driver_error, is_fault, translate
 from sagalog.log.statements import Statements
@@ -60,7 +60,7 @@ class CallerBind:
         """Run one operation; it is durable with the caller's commit, and gone with their rollback."""
         try:
             connection = self._connection()
-            if not is_verified(connection.dialect, self._sql.placement):
+            if self._sql.placement not in verified_on(connection.dialect):
                 look = partial(read_found, connection, self._sql.placement)
                 verify_once(connection.dialect, self._sql, name_of(connection.engine), look)
             if operation.kind is not Kind.READ:

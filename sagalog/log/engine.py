@@ -20,11 +20,11 @@ from sqlalchemy.exc import DBAPIError, OperationalError
 from sagalog.errors import SagaExists, SagaLogError, StepExists, UnusableBind
 from sagalog.log.bind import (
     in_driver_transaction,
-    is_verified,
     name_of,
     read_found,
     refuse_finished,
     take_write_lock,
+    verified_on,
     verify_once,
 )
 from sagalog.log.database import (
@@ -71,6 +71,7 @@ class EngineBind:
         self._owned = owned
         self._sleep = sleep
         self._closed = False
+        self._verified = verified_on(engine.dialect)
         if owned:
             tell_of_forks(self)
         self._on_sqlite = engine.dialect.name == "sqlite"
@@ -98,7 +99,7 @@ class EngineBind:
         """Refuse on a closed log, and on a schema that this library cannot work on."""
         if self._closed:
             raise refuse_finished(operation.asked)
-        if is_verified(self._engine.dialect, self._sql.placement):
+        if self._sql.placement in self._verified:
             return
 
         def look() -> Found:
@@ -308,6 +309,7 @@ class _SqliteTransaction:
         self._operation = operation
         self._writing = writing
         self._was_manual = False
+        self._cursor: Any = None
 
     def __enter__(self) -> CursorDatabase:
         bind = self._bind
@@ -360,9 +362,11 @@ class _SqliteTransaction:
         self._end()
 
     def _end(self) -> None:
-        if self._was_manual and self._connection.is_valid:
-            driver: Any = self._connection.driver_connection
-            driver.autocommit = False
-        if hasattr(self, "_cursor") and self._connection.is_valid:
-            self._cursor.close()
-        self._connection.close()
+        connection = self._connection
+        if connection.is_valid:
+            if self._was_manual:
+                driver: Any = connection.driver_connection
+                driver.autocommit = False
+            if self._cursor is not None:
+                self._cursor.close()
+        connection.close()

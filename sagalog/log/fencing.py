@@ -44,6 +44,7 @@ class Owned(Decided):
     """
 
     __slots__ = ("_cancellable",)
+    _owned = True
 
     def __init__(self, fence: Fence, decided: Decided, *, cancellable: bool = False) -> None:
         values = decided._values
@@ -56,9 +57,6 @@ class Owned(Decided):
         self._values = values
         self._explain = decided._explain
         self._cancellable = cancellable
-
-    def _statements(self, db: Database) -> Any:
-        return db.sql.owned
 
     def _refusal(self, db: Database) -> SagaLogError | None:
         head = check_owner(db, self.asked, Fence(self.saga_id, self._values["epoch_"]), self.step_index)

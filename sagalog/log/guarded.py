@@ -36,6 +36,7 @@ class Decided(Operation[None]):
     """
 
     __slots__ = ("_explain", "_statement", "_values")
+    _owned = False
 
     def __init__(
         self,
@@ -81,13 +82,10 @@ class Decided(Operation[None]):
     def _acted(self, db: Database) -> bool:
         values = self._values
         values["at_"] = db.now()
-        statement = self._statement(self._statements(db))
+        statement = self._statement(db.sql.owned if self._owned else db.sql)
         if self.kind is Kind.LOCKED:
             return db.write_locked(statement, values, self.asked) == 1
         return db.write(statement, values) == 1
-
-    def _statements(self, db: Database) -> Any:
-        return db.sql
 
 
 def steps_in_the_way(db: Database, asked: str, saga_id: int, target: SagaState, found: str) -> InvalidTransition | None:
