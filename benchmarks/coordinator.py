@@ -58,6 +58,9 @@ Durability = Literal["full", "normal"]
 Figure = tuple[str, list[float], float, bool]
 """A name, the ratio of each round, the limit, and whether it is a lower one."""
 
+_TURN = 500
+"""So many sagas are recovered between two measurements of the bare writes."""
+
 
 class Do(BaseModel):
     payload: dict[str, Any]
@@ -226,9 +229,6 @@ def recovery(where: Path, count: int) -> Iterator[Figure]:
             ratios.append((time.perf_counter() - began) / _TURN / base)
             assert len(report.compensated) == _TURN, report
     yield f"recovery of {turns * _TURN} sagas, NORMAL", ratios, 2.0, False
-
-
-_TURN = 500
 
 
 def _bare_recovery(bare: sqlite3.Connection, saga_id: int) -> None:

@@ -151,9 +151,11 @@ def woken(world: World, scenario: Scenario, stop: int, within: int | None = None
         zombie.answers()
         return case
     recovery = _recovery(world, shop, within, _RECOVERIES, "stop")
-    is_within = within is not None and recovery.wait_stopped()
-    *at, (reports, found) = ([], ([], [])) if is_within else recovery.answers()
-    before = _look(world) if is_within else found
+    under_way = within is not None and recovery.wait_stopped()
+    if under_way:
+        before = _look(world)
+    else:
+        [(reports, before)] = recovery.answers()
     zombie.send(signal.SIGCONT)
     point, (_, result) = zombie.answers()
     case.points.append(point)
@@ -163,10 +165,10 @@ def woken(world: World, scenario: Scenario, stop: int, within: int | None = None
         case.problems += [f"the zombie did not notice: {result!r}"] if result != "LeaseLost" else []
     elif result == "LeaseLost":
         case.problems.append("LeaseLost, and nobody took over")
-    if is_within:
+    if under_way:
         recovery.send(signal.SIGCONT)
-        *at, (reports, after) = recovery.answers()
-        case.points += at
+        point, (reports, after) = recovery.answers()
+        case.points.append(point)
     _judge(case, reports, after)
     return case
 
@@ -178,9 +180,9 @@ def zombies(world: World, scenario: Scenario, *, within: bool = False) -> Iterat
             case = woken(world, scenario, stop, at)
             if not case.points:
                 return
-            if within and len(case.points) < 2:
-                break
             yield case
+            if len(case.points) < 2:
+                break  # the recovery was over before that point
 
 
 # The whole

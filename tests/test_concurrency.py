@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sagalog import AsyncSagaLog, InvalidTransition, LogUnavailable, SagaLog, SagaLogError, SagaOutcome
+from sagalog.log.connections import Durability
 
-Durability = Literal["full", "normal"]
 SHARED = ("sqlite-file", "sqlite-memory", "sqlite-engine", "postgres-engine")
 
 
@@ -311,8 +311,8 @@ def test_a_task_that_writes_and_writes_lets_others_run(sqlite_path: Path, durabi
     asyncio.run(main())
 
 
-@DURABILITIES
-def test_a_cancelled_task_leaves_a_decided_write(migrated_url: str, durability: Durability) -> None:
+@pytest.mark.parametrize("target", ["full", "normal", "postgres"])
+def test_a_cancelled_task_leaves_a_decided_write(target: str, request: pytest.FixtureRequest) -> None:
     async def main(open_log: Callable[[], Any]) -> None:
         log = await open_log()
         await log.start_saga(1, "s", None)
@@ -339,12 +339,12 @@ def test_a_cancelled_task_leaves_a_decided_write(migrated_url: str, durability: 
         assert all((index in final) == seen for index, seen in states)
         await log.close()
 
-    async def over_file() -> Any:
-        if migrated_url.startswith("sqlite"):
-            return await AsyncSagaLog.open(migrated_url.removeprefix("sqlite:///"), durability=durability)
-        return await AsyncSagaLog.open(migrated_url)
+    async def opened() -> Any:
+        if target == "postgres":
+            return await AsyncSagaLog.open(request.getfixturevalue("postgres_url"))
+        return await AsyncSagaLog.open(request.getfixturevalue("sqlite_path"), durability=target)
 
-    asyncio.run(main(over_file))
+    asyncio.run(main(opened))
 
 
 CHILD = """

@@ -42,9 +42,6 @@ def admitted(run: Run, cmd: Any) -> Handler:
     Raises:
         UnusableHandler: None takes it, or nothing says how it is undone, or the shell cannot call it.
     """
-    known_fit = run.policy.admitted.get(type(cmd))
-    if known_fit is not None:
-        return known_fit
     bus = run.policy.bus
     handler = bus.handler_of(cmd)
     bus.check_undoable(handler)
@@ -56,7 +53,6 @@ def admitted(run: Run, cmd: Any) -> Handler:
             'the coordinator says on_unknown="compensate", and its compensation does not admit an output of None',
             hint="Annotate the output as X | None, or say on_unknown='stop' at the handler.",
         )
-    run.policy.admitted[type(cmd)] = handler
     return handler
 
 
@@ -109,9 +105,8 @@ def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Operation[None]
     if recorded is not None:
         recorded.cmd = cmd
         return recorded, None
-    now = now_ms()
-    due = due_of(handler, now)
-    step = Step(index, handler.name, text, StepState.PENDING, now, due, cmd=cmd)
+    due = due_of(handler)
+    step = Step(index, handler.name, text, StepState.PENDING, now_ms(), due, cmd=cmd)
     begin = owned_steps.begin_step(run.fence, index, handler.name, text, due, cancellable=not run.reached_pivot)
     return step, begin
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
@@ -24,7 +24,7 @@ from sagalog.errors import (
 from sagalog.log import fencing
 from sagalog.log.database import Operation
 from sagalog.log.fencing import Fence
-from sagalog.log.reading import Stored
+from sagalog.log.reading import StoredStep
 from sagalog.moments import now_ms
 from sagalog.payload import printable
 from sagalog.states import SagaState, StepState
@@ -46,16 +46,17 @@ def known_state(kind: type[S], found: str, saga_id: int, step_index: int | None 
     Raises:
         PayloadError: This library knows none of that name.
     """
-    if found in tuple(kind):
+    try:
         return kind(found)
-    raise PayloadError(
-        f"working on {where(saga_id, step_index)}",
-        f"the stored state {printable(found)!r} is none that this library knows",
-        saga_id=saga_id,
-        step_index=step_index,
-        found=found,
-        hint="A later library may have written it: use that one. Otherwise a person ends the saga: resolve().",
-    )
+    except ValueError:
+        raise PayloadError(
+            f"working on {where(saga_id, step_index)}",
+            f"the stored state {printable(found)!r} is none that this library knows",
+            saga_id=saga_id,
+            step_index=step_index,
+            found=found,
+            hint="A later library may have written it: use that one. Otherwise a person ends the saga: resolve().",
+        ) from None
 
 
 @dataclass(slots=True)
@@ -75,7 +76,7 @@ class Step:
     tries: int = 0
 
     @classmethod
-    def of(cls, record: Stored) -> Step:
+    def of(cls, record: StoredStep) -> Step:
         """From the log.
 
         Raises:
@@ -111,8 +112,6 @@ class Policy:
     bus: CommandBus
     on_unknown: OnUnknown
     asynchronous: bool
-    admitted: dict[type[Any], Handler] = field(default_factory=dict)
-    """The handlers of commands that were found fit to be dispatched; what is registered later makes none unfit."""
 
 
 class Run:

@@ -68,12 +68,13 @@ async def tried(
     key = run.key_of(step.index) if compensates is None else f"{compensates.idempotency_key}:undo"
     transactional = handler.transactional
     while True:
-        now = now_ms()
-        due = now + int(handler.timeout * 1000)
+        while step.deadline_at is not None and now_ms() >= step.deadline_at:
+            # A process that slept since it wrote the step owns the saga still, or does not call its handler.
+            step.deadline_at = due_of(handler)
+            await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
+        due = now_ms() + int(handler.timeout * 1000)
         info = Info(run.saga_id, step.index, attempt, due, key, compensates)
         ending = _Ending(run, step, undo=compensates is not None) if transactional else None
-        if step.deadline_at is not None and now >= step.deadline_at:
-            await _keep_up(run, handler, step)
         try:
             value: Any = await Invoke(handler, cmd, info, run.fence, ending)
         except fencing.AlreadyEnded as found:
@@ -106,13 +107,6 @@ async def tried(
             return Doubt(reason_of(failed), failed)
         await Sleep(wait)
         attempt += 1
-
-
-async def _keep_up(run: Run, handler: Handler, step: Step) -> None:
-    """A process that slept, or waited, since it wrote the step owns the saga still, or does not call its handler."""
-    while step.deadline_at is not None and now_ms() >= step.deadline_at:
-        step.deadline_at = due_of(handler)
-        await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
 
 
 def may_try(step: Step, retry: Retry) -> bool:
@@ -189,9 +183,9 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     return outcome
 
 
-def due_of(handler: Handler, now: int | None = None) -> int:
+def due_of(handler: Handler) -> int:
     """Until when something of a try that begins now may be under way; Unix milliseconds."""
-    return (now or now_ms()) + int((handler.timeout + handler.settle) * 1000)
+    return now_ms() + int((handler.timeout + handler.settle) * 1000)
 
 
 def failure_of_step(run: Run, step: Step, outcome: Refused | Doubt) -> StepFailed:

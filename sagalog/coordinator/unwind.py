@@ -265,7 +265,7 @@ async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bo
         undo.deadline_at = due_of(handler)
         await run.written(owned_steps.try_again(run.fence, undo.index, undo.deadline_at))
     try:
-        await undo_until_known(run, handler, undo, cmd, retry)
+        await undo_until_known(run, handler, undo, cmd, retry, joins_next=True)
     except StepFailed as failure:
         raise _Blocked(f"the undo in row {undo.index} ({undo.name}) {_told(failure)}") from failure
 
@@ -274,8 +274,10 @@ def _told(failure: StepFailed) -> str:
     return f"was refused: {failure.reason}" if failure.kind == "failed" else f"is in doubt: {failure.reason}"
 
 
-async def undo_until_known(run: Run, handler: Handler, undo: Step, cmd: Any, retry: Retry) -> Any:
-    """Call an undo's handler; what it undid is marked with its end, which is held for the next write.
+async def undo_until_known(
+    run: Run, handler: Handler, undo: Step, cmd: Any, retry: Retry, *, joins_next: bool = False
+) -> Any:
+    """Call an undo's handler; what it undid is marked with its end, which may join the next write.
 
     Raises:
         StepFailed: It was refused, or stays in doubt; the steps are not undone.
@@ -289,7 +291,11 @@ async def undo_until_known(run: Run, handler: Handler, undo: Step, cmd: Any, ret
     if not isinstance(outcome, Succeeded):
         raise failure_of_step(run, undo, outcome)
     if not handler.transactional:
-        run.hold(owned_steps.end_undo(run.fence, undo.index, outcome.text))
+        end = owned_steps.end_undo(run.fence, undo.index, outcome.text)
+        if joins_next:
+            run.hold(end)
+        else:
+            await run.written(end)
     for step in (undo, *undone):
         step.state = StepState.COMPENSATED
     return outcome.value
@@ -321,9 +327,7 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
     undone = _chosen(run, cmd, undoes)
     undo = await begin_undo(run, handler, cmd, undone)
     try:
-        value = await undo_until_known(run, handler, undo, cmd, handler.retry or _DEFAULT)
-        await run.flush()
-        return value
+        return await undo_until_known(run, handler, undo, cmd, handler.retry or _DEFAULT)
     except StepFailed as failure:
         if failure.kind == "in_doubt":
             run.stop(failure)

@@ -116,8 +116,8 @@ class _Waiting:
 class ThreadBind:
     """The file road for tasks: writes go to one worker thread, which commits once for all that wait.
 
-    In memory and at durability "normal" a commit waits for no disk, and the way to a thread and back costs six times as
-    much: what nothing stands in the way of is written in the loop.
+    In memory and at durability "normal" a commit waits for no disk, and the way to a thread and back costs more than
+    four times as much: what nothing stands in the way of is written in the loop.
     """
 
     def __init__(self, file: FileBind) -> None:

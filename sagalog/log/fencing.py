@@ -49,14 +49,10 @@ class Owned(Decided):
     def __init__(self, fence: Fence, decided: Decided, *, cancellable: bool = False) -> None:
         values = decided._values
         values["epoch_"] = fence.epoch
-        self.asked = decided.asked
-        self.kind = decided.kind
-        self.saga_id = decided.saga_id
-        self.step_index = decided.step_index
-        self._statement = decided._statement
-        self._values = values
-        self._explain = decided._explain
         self._cancellable = cancellable
+        super().__init__(
+            decided.asked, decided.kind, decided._statement, values, decided._explain, fence.saga_id, decided.step_index
+        )
 
     def _refusal(self, db: Database) -> SagaLogError | None:
         head = check_owner(db, self.asked, Fence(self.saga_id, self._values["epoch_"]), self.step_index)

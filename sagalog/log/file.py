@@ -129,19 +129,21 @@ class FileBind:
         turns, connections = self._turns, self._connections
         if operation.kind is Kind.SEVERAL or connections.writer is None:
             return None
-        with turns.mutex:
-            if turns.leading or turns.closed:
-                return None
-            turns.leading = True
         ticket: Ticket[R] = Ticket(operation)
-        try:
+        leads = False
+        try:  # around taking the lead too: see `perform`
+            with turns.mutex:
+                if turns.leading or turns.closed:
+                    return None
+                turns.leading = leads = True
             ticket.value = operation.run(connections.database)
         except sqlite3.Error as error:
             if sqlite_code(error) == SQLITE_BUSY:
                 return None
             ticket.value = self._alone(operation, error)
         finally:
-            turns.hand_over()
+            if leads:
+                turns.hand_over()
         return ticket
 
     def perform_all(self, tickets: Sequence[Ticket[Any]]) -> None:
