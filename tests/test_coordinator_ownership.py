@@ -301,9 +301,12 @@ def test_a_worker_that_is_shut_down_while_a_handler_hangs_gives_up_its_lease(log
     worker.start()
     assert hangs.wait(30)
     worker.shutdown(grace=0.0)
-    left = [thread.name for thread in threading.enumerate() if thread.name == "sagalog-lease"]
+    threads = threading.enumerate()
     woken.set()
-    assert left == []
+    for thread in threads:
+        if thread.name == "sagalog-saga":
+            thread.join()
+    assert [thread.name for thread in threads if thread.name == "sagalog-lease"] == []
     assert log.get(submitted).executor_id is None
 
 

@@ -73,14 +73,8 @@ class _InOwnLoop:
     def __init__(self, engine: Engine, like: EngineBind) -> None:
         from sagalog.log.asynchronous import GreenletBind, sleep_in_greenlet
 
-        self._bind = GreenletBind(EngineBind(engine, like.sql, owned=True, sleep=sleep_in_greenlet), self._dispose)
-        self._engine = engine
+        self._bind = GreenletBind(EngineBind(engine, like.sql, owned=True, sleep=sleep_in_greenlet))
         self._runner: asyncio.Runner | None = None
-
-    async def _dispose(self) -> None:
-        from sqlalchemy.util import greenlet_spawn
-
-        await greenlet_spawn(self._engine.dispose)
 
     def _run(self, work: Any) -> Any:
         if self._runner is None:

@@ -68,9 +68,8 @@ async def decided(work: Awaitable[R]) -> R:
 class GreenletBind:
     """A sync bind over the sync counterpart of something async."""
 
-    def __init__(self, bind: Bind, dispose: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(self, bind: Bind) -> None:
         self._bind = bind
-        self._dispose = dispose
 
     @property
     def bind(self) -> Bind:
@@ -96,9 +95,7 @@ class GreenletBind:
 
     async def close(self) -> None:
         """See `AsyncBind`."""
-        if self._dispose is not None:
-            await self._dispose()
-        self._bind.close()
+        await greenlet_spawn(self._bind.close)
 
 
 class _Waiting:

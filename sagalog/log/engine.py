@@ -187,6 +187,7 @@ class EngineBind:
             raise
         finally:
             connected.close()
+            self._close_returned()
         if refusal is not None:
             raise refusal
         return result
@@ -230,13 +231,20 @@ class EngineBind:
             if error in users:
                 raise
             self._raise(error, operation, committing=committing)
+        finally:
+            self._close_returned()
 
     def close(self) -> None:
-        """Dispose the engine, if the log made it."""
+        """Close what the log opened; a connection on which somebody still writes, once it is given back."""
         if self._owned and not self._closed:
             tell_no_more(self)
-            self._engine.dispose()
             self._closed = True
+            self._close_returned()
+
+    def _close_returned(self) -> None:
+        # The engine's own `dispose` makes another pool: what is given back later would be left to garbage collection.
+        if self._closed:
+            self._engine.pool.dispose()
 
     # A fork: see `forking`. A host's engine is the host's to dispose in the child.
 

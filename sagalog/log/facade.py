@@ -280,7 +280,7 @@ class AsyncSagaLog:
             await engine.dispose()
             raise
         bind = EngineBind(engine.sync_engine, statements_at(Placement()), owned=True, sleep=sleep_in_greenlet)
-        return cls._over(GreenletBind(bind, engine.dispose))
+        return cls._over(GreenletBind(bind))
 
     @classmethod
     async def open_in_memory(cls) -> AsyncSagaLog:
