@@ -36,6 +36,8 @@ def encode(value: Payload, asked: str, saga_id: int | None = None, step_index: i
         PayloadError: JSON or a database cannot hold it. The message names the
             type and the reason, never the value.
     """
+    if value is None:
+        return "null"
     try:
         text = to_json(value).decode()  # NaN and infinity as such words
         # Whatever could read back as something else than what was given; only such text is checked further.

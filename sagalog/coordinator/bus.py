@@ -15,8 +15,8 @@ from sagalog.coordinator.signature import (
     event_type,
     is_async,
     name_of,
-    read_back,
     read_handler,
+    reader_of,
     resolved,
     takes_none,
     without_none,
@@ -47,6 +47,7 @@ class Handler:
     read_only: bool
     pivot: bool
     transactional: bool
+    _read_output: Callable[[str | None, int, int], Any]
 
     @property
     def cmd_type(self) -> type[Any]:
@@ -59,7 +60,7 @@ class Handler:
 
     def read_output(self, text: str | None, saga_id: int, step_index: int) -> Any:
         """What the log holds of the handler's answer, as the handler returned it."""
-        return read_back(self.signature.returns, text, saga_id, step_index)
+        return self._read_output(text, saga_id, step_index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ class CommandBus:
                     read_only=read_only,
                     pivot=pivot,
                     transactional=transactional,
+                    _read_output=reader_of(signature.returns),
                 ),
                 idempotent=idempotent,
             )

@@ -105,8 +105,9 @@ def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Operation[None]
     if recorded is not None:
         recorded.cmd = cmd
         return recorded, None
-    due = due_of(handler)
-    step = Step(index, handler.name, text, StepState.PENDING, now_ms(), due, cmd=cmd)
+    began = now_ms()
+    due = due_of(handler, began)
+    step = Step(index, handler.name, text, StepState.PENDING, began, due, cmd=cmd)
     begin = owned_steps.begin_step(run.fence, index, handler.name, text, due, cancellable=not run.reached_pivot)
     return step, begin
 

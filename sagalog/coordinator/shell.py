@@ -34,6 +34,7 @@ class Shell:
     """What the two coordinators share: settings, and registering sagas."""
 
     _asynchronous: bool
+    _perform: Any
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class Shell:
         self._transactions = Transactions(bind)
         executor = Executor(lease, label, lambda: apart_of(bind))
         self._core = TakingCore(
-            Policy(bus, on_unknown, self._asynchronous),
+            Policy(bus, on_unknown, None if self._asynchronous else self._perform),
             executor,
             on_crash=on_crash,
             max_recoveries=max_recoveries,

@@ -162,25 +162,27 @@ def events_of(returned: Any) -> list[Any]:
     return returned if isinstance(returned, list) else [returned]
 
 
-def read_back(returns: Any, text: str | None, saga_id: int, step_index: int) -> Any:
-    """A stored list of events as what the handler returned.
+def reader_of(returns: Any) -> Callable[[str | None, int, int], Any]:
+    """What reads a stored list of events as what the handler returned.
 
     Args:
         returns: The handler's annotation, or `NOT_SAID`.
-        text: The stored JSON.
-        saga_id: For messages.
-        step_index: For messages.
 
-    Raises:
-        PayloadError: It does not fit the annotation.
+    Returns:
+        A function of the stored JSON, and of the saga and step that messages name; it raises `PayloadError` if the
+        JSON does not fit the annotation.
     """
-    if returns is NOT_SAID or returns is Any:
-        events = decode_as(list[Any], text, "output_json", saga_id, step_index)
-        return events if len(events) > 1 else (events[0] if events else None)
-    kind = without_none(returns)
-    if _is_list(kind):
-        return decode_as(kind, text, "output_json", saga_id, step_index)
+    unsaid = returns is NOT_SAID or returns is Any
+    kind = Any if unsaid else without_none(returns)
     if kind is None or kind is _NONE:
-        return None
-    events = decode_as(list[kind], text, "output_json", saga_id, step_index)  # type: ignore[valid-type]
-    return events[0] if events else None
+        return lambda text, saga_id, step_index: None
+    returns_list = _is_list(kind)
+    held = kind if returns_list else list[kind]  # type: ignore[valid-type]
+
+    def read(text: str | None, saga_id: int, step_index: int) -> Any:
+        events = decode_as(held, text, "output_json", saga_id, step_index)
+        if returns_list or (unsaid and len(events) > 1):
+            return events
+        return events[0] if events else None
+
+    return read

@@ -65,18 +65,19 @@ async def tried(
 ) -> Outcome:
     """Call a step's handler until its outcome is known, or its tries are used up."""
     attempt = 1
+    at_once = run.policy.at_once
     key = run.key_of(step.index) if compensates is None else f"{compensates.idempotency_key}:undo"
     transactional = handler.transactional
     while True:
-        while step.deadline_at is not None and now_ms() >= step.deadline_at:
+        while (now := now_ms()) >= (step.deadline_at or now + 1):
             # A process that slept since it wrote the step owns the saga still, or does not call its handler.
-            step.deadline_at = due_of(handler)
+            step.deadline_at = due_of(handler, now)
             await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
-        due = now_ms() + int(handler.timeout * 1000)
-        info = Info(run.saga_id, step.index, attempt, due, key, compensates)
+        info = Info(run.saga_id, step.index, attempt, now + int(handler.timeout * 1000), key, compensates)
         ending = _Ending(run, step, undo=compensates is not None) if transactional else None
         try:
-            value: Any = await Invoke(handler, cmd, info, run.fence, ending)
+            call: Invoke[Any] = Invoke(handler, cmd, info, run.fence, ending)
+            value = await call if at_once is None else at_once(call)
         except fencing.AlreadyEnded as found:
             text = found.output_json or "[]"
             return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
@@ -173,7 +174,7 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     if did_nothing and not forward:
         outcome: Outcome = Refused("its process died before it was done", None)
     elif did_nothing or run.again or (retry is not None and step.tries == 0 and may_try(step, retry)):
-        step.deadline_at = due_of(handler)
+        step.deadline_at = due_of(handler, now_ms())
         await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
         outcome = await tried(run, handler, step, cmd, retry_of(handler))
     else:
@@ -183,9 +184,9 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     return outcome
 
 
-def due_of(handler: Handler) -> int:
+def due_of(handler: Handler, now: int) -> int:
     """Until when something of a try that begins now may be under way; Unix milliseconds."""
-    return now_ms() + int((handler.timeout + handler.settle) * 1000)
+    return now + int((handler.timeout + handler.settle) * 1000)
 
 
 def failure_of_step(run: Run, step: Step, outcome: Refused | Doubt) -> StepFailed:

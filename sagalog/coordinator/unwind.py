@@ -245,10 +245,11 @@ async def begin_undo(run: Run, handler: Handler, cmd: Any, undone: Sequence[Step
     """Write the row of an undo, and link the steps that it undoes to it."""
     index = run.take_undo_index()
     text = encode(cmd, f"compensate with {handler.name}", run.saga_id, index)
-    due = due_of(handler)
+    began = now_ms()
+    due = due_of(handler, began)
     indexes = tuple(step.index for step in undone)
     await run.written(owned_steps.begin_undo(run.fence, index, handler.name, text, due, indexes))
-    undo = run.steps[index] = Step(index, handler.name, text, StepState.PENDING, now_ms(), due, cmd=cmd)
+    undo = run.steps[index] = Step(index, handler.name, text, StepState.PENDING, began, due, cmd=cmd)
     for step in undone:
         step.compensated_by = index
     return undo
@@ -262,7 +263,7 @@ async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bo
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is in doubt")
         if not (run.again or may_try(undo, retry)):
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
-        undo.deadline_at = due_of(handler)
+        undo.deadline_at = due_of(handler, now_ms())
         await run.written(owned_steps.try_again(run.fence, undo.index, undo.deadline_at))
     try:
         await undo_until_known(run, handler, undo, cmd, retry, joins_next=True)

@@ -63,7 +63,7 @@ class CallerBind:
             if self._sql.placement not in verified_on(connection.dialect):
                 look = partial(read_found, connection, self._sql.placement)
                 verify_once(connection.dialect, self._sql, name_of(connection.engine), look)
-            if operation.kind is not Kind.READ:
+            if not operation.kind.reads:
                 self._enter_transaction(connection, operation)
         except Exception as error:
             if isinstance(error, SagaLogError) or not is_fault(error):
@@ -79,7 +79,7 @@ class CallerBind:
             if inside and not connection.invalidated and not in_driver_transaction(connection.connection):
                 self._seal(connection)
             self._raise(error, operation, name_of(connection.engine))
-        if isinstance(self._caller, Session) and operation.kind is not Kind.READ:
+        if isinstance(self._caller, Session) and not operation.kind.reads:
             self._freshen(self._caller, operation)
         return result
 

@@ -27,19 +27,24 @@ Rows: TypeAlias = Sequence[Sequence[Any]]
 class Kind:
     """What an operation needs of its transaction; no Enum, for each look at a member would cost what a call does."""
 
-    __slots__ = ("needs",)
+    __slots__ = ("needs", "reads")
 
     READ: ClassVar[Kind]
+    READ_OWN: ClassVar[Kind]
     WRITE: ClassVar[Kind]
     INSERT: ClassVar[Kind]
     LOCKED: ClassVar[Kind]
     SEVERAL: ClassVar[Kind]
 
-    def __init__(self, needs: str) -> None:
+    def __init__(self, needs: str, *, reads: bool = False) -> None:
         self.needs = needs
+        self.reads = reads
 
 
-Kind.READ = Kind("one SELECT, a snapshot of its own")
+Kind.READ = Kind("one SELECT, a snapshot of its own", reads=True)
+Kind.READ_OWN = Kind(
+    "one SELECT of what its own process has just written; on a file where that was written", reads=True
+)
 Kind.WRITE = Kind("one guarded statement that may be repeated")
 Kind.INSERT = Kind("one guarded INSERT; its repetition raises")
 Kind.LOCKED = Kind("one guarded statement by `write_locked`, that may be repeated")

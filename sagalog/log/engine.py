@@ -121,16 +121,16 @@ class EngineBind:
         except Exception as error:
             lost = error
         if operation.kind is Kind.SEVERAL or not is_disconnect(lost):
-            raise self._told(lost, operation, committing=was_sent(lost) and operation.kind is not Kind.READ)
+            raise self._told(lost, operation, committing=was_sent(lost) and not operation.kind.reads)
         # Once more, on a fresh connection: updates are idempotent, and an insert that is refused now may have been the
         # lost one. Outside the except block, for the lost error's text quotes parameters.
-        unknown = was_sent(lost) and operation.kind is not Kind.READ
+        unknown = was_sent(lost) and not operation.kind.reads
         try:
             return self._on_postgres(operation)
         except (SagaExists, StepExists):
             pass
         except Exception as error:
-            unknown = unknown or (was_sent(error) and operation.kind is not Kind.READ)
+            unknown = unknown or (was_sent(error) and not operation.kind.reads)
             lost = error
         raise self._told(lost, operation, committing=unknown)
 
@@ -157,7 +157,7 @@ class EngineBind:
         try:
             was_autocommit = driver.autocommit
             driver.autocommit = True
-            kept = operation.kind is not Kind.READ  # whose rows would stay in memory with the cursor
+            kept = not operation.kind.reads  # whose rows would stay in memory with the cursor
             cursors = _kept_cursors(connected) if kept else (connected.cursor(),)
             cursor = cursors[0]
             try:
@@ -193,7 +193,7 @@ class EngineBind:
         return result
 
     def _on_sqlite_cursor(self, operation: Operation[R]) -> R:
-        with self._sqlite(operation, writing=operation.kind is not Kind.READ) as database:
+        with self._sqlite(operation, writing=not operation.kind.reads) as database:
             return operation.run(database)
 
     def _sqlite(self, operation: Operation[Any], *, writing: bool) -> _SqliteTransaction:

@@ -34,32 +34,30 @@ class AlreadyEnded(SagaLogError):
         super().__init__(asked, "the step ended before", saga_id=saga_id, step_index=step_index)
 
 
-class Owned(Decided):
-    """A guarded write of the saga's owner.
+def owned(fence: Fence, decided: Decided, *, cancellable: bool = False) -> Decided:
+    """Make a guarded write of anybody one of the saga's owner.
 
     Args:
         fence: The owner.
-        decided: The same write of anybody.
+        decided: The write.
         cancellable: Whether it is refused once a cancel was asked for; `CancelAsked` tells.
+
+    Returns:
+        The same object.
     """
+    asked, step_index, explain = decided.asked, decided.step_index, decided._explain
 
-    __slots__ = ("_cancellable",)
-    _owned = True
-
-    def __init__(self, fence: Fence, decided: Decided, *, cancellable: bool = False) -> None:
-        values = decided._values
-        values["epoch_"] = fence.epoch
-        self._cancellable = cancellable
-        super().__init__(
-            decided.asked, decided.kind, decided._statement, values, decided._explain, fence.saga_id, decided.step_index
-        )
-
-    def _refusal(self, db: Database) -> SagaLogError | None:
-        head = check_owner(db, self.asked, Fence(self.saga_id, self._values["epoch_"]), self.step_index)
-        refusal = self._explain(db)
-        if refusal is not None and self._cancellable and head[5] is not None:
-            return CancelAsked(self.asked, self.saga_id, head[5])
+    def explain_to_owner(db: Database) -> SagaLogError | None:
+        head = check_owner(db, asked, fence, step_index)
+        refusal = explain(db)
+        if refusal is not None and cancellable and head[5] is not None:
+            return CancelAsked(asked, fence.saga_id, head[5])
         return refusal
+
+    decided._values["epoch_"] = fence.epoch
+    decided._explain = explain_to_owner
+    decided._owned = True
+    return decided
 
 
 def check_owner(db: Database, asked: str, fence: Fence, step_index: int | None = None) -> tuple[Any, ...]:

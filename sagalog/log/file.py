@@ -247,7 +247,7 @@ class FileBind:
             self._connections.roll_back()
             if sqlite_code(error) != SQLITE_BUSY:
                 self._connections.give_up_writer()
-            raise translate(error, operation, self.name, committing=operation.kind is not Kind.READ) from error
+            raise translate(error, operation, self.name, committing=not operation.kind.reads) from error
         except BaseException:
             self._connections.roll_back()
             raise

@@ -35,8 +35,7 @@ class Decided(Operation[None]):
     write was refused, in which it would be allowed: then it is tried again.
     """
 
-    __slots__ = ("_explain", "_statement", "_values")
-    _owned = False
+    __slots__ = ("_explain", "_owned", "_statement", "_values")
 
     def __init__(
         self,
@@ -55,13 +54,14 @@ class Decided(Operation[None]):
         self._statement = statement
         self._values = values
         self._explain = explain
+        self._owned = False
 
     def run(self, db: Database) -> None:
         """Act; if nothing was changed, it was made before, or is refused."""
         if self._acted(db):
             return
         for _ in range(TRIES):
-            refusal = self._refusal(db)
+            refusal = self._explain(db)
             if refusal is None:
                 return
             if not isinstance(refusal, Changed):
@@ -75,9 +75,6 @@ class Decided(Operation[None]):
             step_index=self.step_index,
             hint="Other processes work on the same saga; repeat it.",
         )
-
-    def _refusal(self, db: Database) -> SagaLogError | None:
-        return self._explain(db)
 
     def _acted(self, db: Database) -> bool:
         values = self._values

@@ -8,7 +8,7 @@ from typing import Any
 
 from sagalog.errors import InvalidTransition, SagaLogError, StepNotFound
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.fencing import AlreadyEnded, Fence, Owned, check_owner, note_doubt, raise_refused
+from sagalog.log.fencing import AlreadyEnded, Fence, check_owner, note_doubt, owned, raise_refused
 from sagalog.log.guarded import Decided, refused_by_saga, step_refused
 from sagalog.log.statements import Statement, Statements
 from sagalog.log.steps import ending
@@ -58,7 +58,7 @@ def _inserting(
     wanted: tuple[str | None, ...],
     *,
     cancellable: bool,
-) -> Owned:
+) -> Operation[None]:
     index = values["index_"]
 
     def explain(db: Database) -> SagaLogError | None:
@@ -71,7 +71,7 @@ def _inserting(
 
     values["id_"] = fence.saga_id
     decided = Decided(asked, Kind.WRITE, statement, values, explain, fence.saga_id, index)
-    return Owned(fence, decided, cancellable=cancellable)
+    return owned(fence, decided, cancellable=cancellable)
 
 
 def finish_step(fence: Fence, step_index: int, output_json: str) -> Operation[None]:
@@ -87,15 +87,15 @@ def fail_step(fence: Fence, step_index: int, reason: str) -> Operation[None]:
 
 def _ended(
     fence: Fence, step_index: int, target: StepState, text: str, statement: Callable[[Statements], Statement]
-) -> Owned:
-    return Owned(fence, ending(_ASKED[target], fence.saga_id, step_index, target, text, statement))
+) -> Operation[None]:
+    return owned(fence, ending(_ASKED[target], fence.saga_id, step_index, target, text, statement))
 
 
 def mark_step_compensated(fence: Fence, step_index: int) -> Operation[None]:
     """There was nothing to undo in the step."""
     decided = _mark_any_step_compensated(fence.saga_id, step_index)
     assert isinstance(decided, Decided)
-    return Owned(fence, decided)
+    return owned(fence, decided)
 
 
 def doubt_step(fence: Fence, step_index: int, error: str | None, deadline_at: int) -> Operation[None]:
@@ -133,10 +133,10 @@ def begin_undo(
 
 
 def end_undo(fence: Fence, step_index: int, output_json: str) -> Operation[None]:
-    """An undo is done: its row and what it undid, in one transaction."""
+    """An undo is done: its row and what it undid, in one statement."""
 
     def run(db: Database) -> None:
-        if _end_undo(db, fence, step_index, output_json) != 1:
+        if not _end_undo(db, fence, step_index, output_json):
             check_owner(db, "end_undo", fence, step_index)
             rows = db.fetch(db.sql.step_row, id_=fence.saga_id, index_=step_index)
             if [(row[1], row[3]) for row in rows] != [(StepState.COMPENSATED, output_json)]:
@@ -145,12 +145,18 @@ def end_undo(fence: Fence, step_index: int, output_json: str) -> Operation[None]
     return Call("end_undo", Kind.SEVERAL, run, fence.saga_id, step_index)
 
 
-def _end_undo(db: Database, fence: Fence, step_index: int, output_json: str) -> int:
-    values = {"id_": fence.saga_id, "index_": step_index, "epoch_": fence.epoch, "at_": db.now()}
-    ended = db.write(db.sql.owned.end_undo, {**values, "output_": output_json})
-    if ended == 1:
-        db.write(db.sql.owned.mark_undone, values)
-    return ended
+def _end_undo(db: Database, fence: Fence, step_index: int, output_json: str) -> bool:
+    return db.write(db.sql.owned.end_undo, _end_of(db, fence, step_index, output_json)) > 0
+
+
+def _end_of(db: Database, fence: Fence, step_index: int, output_json: str) -> dict[str, Any]:
+    return {
+        "id_": fence.saga_id,
+        "index_": step_index,
+        "epoch_": fence.epoch,
+        "output_": output_json,
+        "at_": db.now(),
+    }
 
 
 # What commits with a transactional handler's own writes: once, or the handler's writes must not commit either
@@ -171,15 +177,8 @@ def end_undo_once(fence: Fence, step_index: int, output_json: str) -> Operation[
     return _once(fence, step_index, output_json, StepState.COMPENSATED, _end_undo)
 
 
-def _finish(db: Database, fence: Fence, step_index: int, output_json: str) -> int:
-    values = {
-        "id_": fence.saga_id,
-        "index_": step_index,
-        "epoch_": fence.epoch,
-        "output_": output_json,
-        "at_": db.now(),
-    }
-    return db.write(db.sql.owned.finish_step, values)
+def _finish(db: Database, fence: Fence, step_index: int, output_json: str) -> bool:
+    return db.write(db.sql.owned.finish_step, _end_of(db, fence, step_index, output_json)) == 1
 
 
 def _once(
@@ -187,12 +186,12 @@ def _once(
     step_index: int,
     output_json: str,
     target: StepState,
-    end: Callable[[Database, Fence, int, str], int],
+    end: Callable[[Database, Fence, int, str], bool],
 ) -> Operation[None]:
     asked = _ASKED[target]
 
     def run(db: Database) -> None:
-        if end(db, fence, step_index, output_json) == 1:
+        if end(db, fence, step_index, output_json):
             return
         check_owner(db, asked, fence, step_index)
         for _name, state, _cmd, output, _deadline in db.fetch(db.sql.step_row, id_=fence.saga_id, index_=step_index):

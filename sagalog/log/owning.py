@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any
 
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.fencing import Fence, Owned, note_doubt
+from sagalog.log.fencing import Fence, note_doubt, owned
 from sagalog.log.sagas import Drawn, NewSaga, moving, new_token
 from sagalog.log.statements import Statement, Statements
 from sagalog.log.statements.sagas import SagaStatements
@@ -107,7 +107,7 @@ def _moved(
     kind: Kind = Kind.WRITE,
 ) -> Operation[None]:
     text = None if reason is None else printable(reason)
-    return Owned(fence, moving(target.value, fence.saga_id, target, kind, statement, text))
+    return owned(fence, moving(target.value, fence.saga_id, target, kind, statement, text))
 
 
 def complete(fence: Fence, result_json: str, *, cancellable: bool) -> Operation[None]:
@@ -124,7 +124,7 @@ def complete(fence: Fence, result_json: str, *, cancellable: bool) -> Operation[
 
     decided = moving(asked, fence.saga_id, SagaState.COMPLETED, Kind.LOCKED, statement, None)
     decided._values["result_"] = result_json
-    return Owned(fence, decided, cancellable=cancellable)
+    return owned(fence, decided, cancellable=cancellable)
 
 
 def release(fence: Fence, executor_id: str, *, counted: bool) -> Operation[None]:

@@ -258,7 +258,7 @@ def stored(saga_id: int, asked: str = "recover") -> Operation[Stored]:
             return cast(Stored, SimpleNamespace(**dict(zip(db.sql.saga_fields, saga, strict=True)), steps=held))
         raise SagaNotFound(asked, saga_id)
 
-    return Call(asked, Kind.READ, run, saga_id)
+    return Call(asked, Kind.READ_OWN, run, saga_id)
 
 
 def _check_limit(limit: int | None, asked: str) -> None:

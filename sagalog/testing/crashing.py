@@ -139,7 +139,7 @@ def _label(effect: Effect[Any]) -> str | None:
         return f"calling {effect.handler.name} of step {effect.info.step_index}{undo}"
     assert isinstance(effect, Write)
     operation = effect.operation
-    if operation.kind is Kind.READ or operation.asked in _NOT_THE_SAGAS:
+    if operation.kind.reads or operation.asked in _NOT_THE_SAGAS:
         return None
     step = "" if operation.step_index is None else f" of step {operation.step_index}"
     return f"writing {operation.asked}{step}"

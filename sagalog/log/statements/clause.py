@@ -110,3 +110,20 @@ def _on_sqlite(element: DatabaseNow, compiler: Any, **options: Any) -> str:
 @compiles(DatabaseNow, "postgresql")
 def _on_postgres(element: DatabaseNow, compiler: Any, **options: Any) -> str:
     return "CAST(extract(epoch FROM clock_timestamp()) * 1000 AS BIGINT)"
+
+
+class Greater(FunctionElement[int]):
+    """The greater of two integers."""
+
+    type = BigInteger()
+    inherit_cache = True
+
+
+@compiles(Greater)
+def _greater_on_sqlite(element: Greater, compiler: Any, **options: Any) -> str:
+    return f"max({compiler.process(element.clauses, **options)})"
+
+
+@compiles(Greater, "postgresql")
+def _greater_on_postgres(element: Greater, compiler: Any, **options: Any) -> str:
+    return f"greatest({compiler.process(element.clauses, **options)})"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, exists, func, literal_column, null, select, true, update
+from sqlalchemy import ColumnElement, and_, case, exists, func, literal_column, null, or_, select, true, update
 
 from sagalog.log.statements.clause import Statement, bind, literal, one_of
 from sagalog.log.statements.sagas import SagaStatements
@@ -120,8 +120,28 @@ class OwnedStatements(SagaStatements, StepStatements):
 
     @cached_property
     def end_undo(self) -> Statement:
-        """The row of an undo is done."""
-        return self._end_step(StepState.COMPENSATED)
+        """The row of an undo is done, and what it undid is undone; nothing of it unless the row is pending."""
+        c, pending = self.step.c, literal(StepState.PENDING)
+        undo = self.step.alias("undo")
+        unended: Any = select(literal_column("1")).where(
+            undo.c.saga_id == bind("id_"), undo.c.step_index == bind("index_"), undo.c.state == pending
+        )
+        own = c.step_index == bind("index_")
+        undone = and_(c.compensated_by == bind("index_"), one_of((StepState.PENDING, StepState.SUCCEEDED), c.state))
+        return Statement(
+            update(self.step)
+            .where(
+                c.saga_id == bind("id_"),
+                or_(and_(own, c.state == pending), undone),
+                exists(unended.with_for_update(key_share=True)),
+                self._may_write,
+            )
+            .values(
+                state=literal(StepState.COMPENSATED),
+                output_json=case((own, bind("output_")), else_=c.output_json),
+                ended_at=func.coalesce(c.ended_at, bind("at_")),
+            )
+        )
 
     @cached_property
     def link_undo(self) -> Statement:
@@ -135,12 +155,6 @@ class OwnedStatements(SagaStatements, StepStatements):
             )
             .values(compensated_by=bind("undo_"))
         )
-
-    @cached_property
-    def mark_undone(self) -> Statement:
-        """The steps that a finished row undid."""
-        which = and_(self.step.c.saga_id == bind("id_"), self.step.c.compensated_by == bind("index_"))
-        return self._mark_compensated(which, (StepState.PENDING, StepState.SUCCEEDED))
 
     @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
     def reopen(self, target: SagaState) -> Statement:

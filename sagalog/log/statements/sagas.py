@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, ColumnElement, FromClause, case, cast, func, literal_column, null, select, update
 
-from sagalog.log.statements.clause import BIGINT, TEXT, Statement, bind, insert_into, literal, one_of
+from sagalog.log.statements.clause import BIGINT, TEXT, Greater, Statement, bind, insert_into, literal, one_of
 from sagalog.log.statements.tables import Tables
 from sagalog.payload import MAX_SAGA_ID
 from sagalog.states import ATTENTION, CANCELLABLE, UNRESOLVED, SagaState
@@ -40,20 +40,19 @@ class SagaStatements(Tables):
         pruned = select(cast(self.meta.c.value, BigInteger)).where(self.meta.c.name == literal(HIGHEST_PRUNED))
         held = select(func.max(self.saga.c.saga_id))
         zero = literal_column("0", BIGINT)
-        first = func.coalesce(held.scalar_subquery(), zero)
-        second = func.coalesce(pruned.scalar_subquery(), zero)
-        highest = case((first > second, first), else_=second).label("highest")
-        return select(highest).subquery("known")
+        each = (func.coalesce(ids.scalar_subquery(), zero) for ids in (held, pruned))
+        return select(Greater(*each).label("highest"))
 
     @cached_property
     def create_saga_sqlite(self) -> Statement:
-        known = self._highest_id
+        known = self._highest_id.subquery("known")
         return self._create_saga(known.c.highest + literal_column("1"), known, known.c.highest < _LARGEST)
 
     @cached_property
     def create_saga_postgres(self) -> Statement:
         # A caller's explicit id may be ahead of the sequence: then nothing is inserted, and catch_up moves it.
-        known = self._highest_id
+        # Materialized, or Postgres looks the highest one up again wherever the statement names it.
+        known = self._highest_id.cte("known", nesting=True).prefix_with("MATERIALIZED")
         drawn = case((known.c.highest < _LARGEST, func.nextval(literal_column(f"'{self.id_sequence}'"))))
         ahead = select(drawn.label("id"), known.c.highest).subquery("drawn")
         return self._create_saga(ahead.c.id, ahead, ahead.c.id > ahead.c.highest)
@@ -71,7 +70,7 @@ class SagaStatements(Tables):
 
     @cached_property
     def catch_up_ids(self) -> Statement:
-        known = self._highest_id
+        known = self._highest_id.subquery("known")
         moved = func.setval(literal_column(f"'{self.id_sequence}'"), known.c.highest)
         return Statement(
             select(moved).select_from(known).where(known.c.highest < _LARGEST, known.c.highest > literal_column("0"))
@@ -79,7 +78,7 @@ class SagaStatements(Tables):
 
     @cached_property
     def highest_id(self) -> Statement:
-        return Statement(select(self._highest_id.c.highest))
+        return Statement(self._highest_id)
 
     @cached_property
     def saga_of_key(self) -> Statement:
