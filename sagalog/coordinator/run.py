@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
 from sagalog.coordinator.definition import Definition
-from sagalog.coordinator.effects import Flow, Perform, Sleep, Write
+from sagalog.coordinator.effects import Flow, Sleep, Write
 from sagalog.errors import (
     LeaseLost,
     LogUnavailable,
@@ -107,23 +107,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A coordinator's settings that its flows read.
-
-    Attributes:
-        bus: The handlers.
-        on_unknown: What becomes of a step that stays in doubt, where its handler does not say.
-        at_once: Answers a flow's effect where it stands; None if the shell has to await. What a step asks for again
-            and again goes this way: to hand it up to the flow's driver costs as much as the write's own Python.
-    """
+    """A coordinator's settings that its flows read."""
 
     bus: CommandBus
     on_unknown: OnUnknown
-    at_once: Perform | None
-
-    @property
-    def asynchronous(self) -> bool:
-        """Whether a shell awaits."""
-        return self.at_once is None
+    asynchronous: bool
 
 
 class Run:
@@ -290,8 +278,7 @@ class Run:
             raise self.stop(LeaseLost(operation.asked, self.saga_id, epoch=self.fence.epoch, found=self.fence.epoch))
         try:
             try:
-                at_once, write = self.policy.at_once, Write(operation)
-                return await write if at_once is None else at_once(write)
+                return await Write(operation)  # type: ignore[no-any-return]
             except LogUnavailable:
                 return await again(operation)
         except (LeaseLost, LogUnavailable) as error:

@@ -34,7 +34,6 @@ class Shell:
     """What the two coordinators share: settings, and registering sagas."""
 
     _asynchronous: bool
-    _perform: Any
 
     def __init__(
         self,
@@ -55,7 +54,7 @@ class Shell:
         self._transactions = Transactions(bind)
         executor = Executor(lease, label, lambda: apart_of(bind))
         self._core = TakingCore(
-            Policy(bus, on_unknown, None if self._asynchronous else self._perform),
+            Policy(bus, on_unknown, self._asynchronous),
             executor,
             on_crash=on_crash,
             max_recoveries=max_recoveries,

@@ -65,19 +65,19 @@ async def tried(
 ) -> Outcome:
     """Call a step's handler until its outcome is known, or its tries are used up."""
     attempt = 1
-    at_once = run.policy.at_once
     key = run.key_of(step.index) if compensates is None else f"{compensates.idempotency_key}:undo"
     transactional = handler.transactional
     while True:
-        while (now := now_ms()) >= (step.deadline_at or now + 1):
+        now = now_ms()
+        while step.deadline_at is not None and now >= step.deadline_at:
             # A process that slept since it wrote the step owns the saga still, or does not call its handler.
             step.deadline_at = due_of(handler, now)
             await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
+            now = now_ms()
         info = Info(run.saga_id, step.index, attempt, now + int(handler.timeout * 1000), key, compensates)
         ending = _Ending(run, step, undo=compensates is not None) if transactional else None
         try:
-            call: Invoke[Any] = Invoke(handler, cmd, info, run.fence, ending)
-            value = await call if at_once is None else at_once(call)
+            value: Any = await Invoke(handler, cmd, info, run.fence, ending)
         except fencing.AlreadyEnded as found:
             text = found.output_json or "[]"
             return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
