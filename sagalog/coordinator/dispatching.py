@@ -24,7 +24,7 @@ from sagalog.coordinator.trying import (
     tried,
 )
 from sagalog.errors import UnusableHandler
-from sagalog.log import fencing, owned_steps
+from sagalog.log import owned_steps, owning
 from sagalog.log.database import Operation
 from sagalog.moments import from_ms, now_ms
 from sagalog.payload import check_text, decode, encode
@@ -82,7 +82,7 @@ async def dispatch_all(run: Run, commands: Sequence[Any]) -> list[Any]:
     placed = [_placed(run, handler, cmd) for handler, cmd in zip(handlers, commands, strict=True)]
     beginnings = [beginning for _, beginning in placed if beginning is not None]
     if beginnings:
-        await run.written(fencing.joined("dispatch_all", run.fence, beginnings))
+        await run.written(owning.joined("dispatch_all", run.fence, beginnings))
     run.steps.update((step.index, step) for step, _ in placed)
     ends = await Together(
         [

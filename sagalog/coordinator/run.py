@@ -21,7 +21,7 @@ from sagalog.errors import (
     UnusableHandler,
     where,
 )
-from sagalog.log import fencing
+from sagalog.log import fencing, owning
 from sagalog.log.database import Operation
 from sagalog.log.fencing import Fence
 from sagalog.log.reading import StoredStep
@@ -264,12 +264,12 @@ class Run:
     async def _write_with_held(self, operation: Operation[R]) -> R:
         held, self._held = self._held, []
         try:
-            return await self._write(fencing.joined(operation.asked, self.fence, [*held, operation]))
+            return await self._write(owning.joined(operation.asked, self.fence, [*held, operation]))
         except (LeaseLost, LogUnavailable, Stopped):
             raise
         except SagaLogError:
             # The refusal of the one undoes nothing of what is true already.
-            await self._write(fencing.joined(operation.asked, self.fence, held))
+            await self._write(owning.joined(operation.asked, self.fence, held))
             return await self._write(operation)
 
     async def _write(self, operation: Operation[R]) -> R:

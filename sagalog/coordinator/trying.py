@@ -16,7 +16,7 @@ from sagalog.errors import (
     StepFailed,
     StepRejected,
 )
-from sagalog.log import fencing, owned_steps
+from sagalog.log import owned_steps
 from sagalog.log.database import Operation
 from sagalog.moments import now_ms
 from sagalog.payload import encode, printable
@@ -78,7 +78,7 @@ async def tried(
         ending = _Ending(run, step, undo=compensates is not None) if transactional else None
         try:
             value: Any = await Invoke(handler, cmd, info, run.fence, ending)
-        except fencing.AlreadyEnded as found:
+        except owned_steps.AlreadyEnded as found:
             text = found.output_json or "[]"
             return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
         except Exception as error:

@@ -61,11 +61,12 @@ class Operation(Generic[R]):
         step_index: The step concerned, or None.
     """
 
-    __slots__ = ("asked", "kind", "saga_id", "step_index")
+    __slots__ = ("saga_id", "step_index")
 
-    def __init__(self, asked: str, kind: Kind, saga_id: int | None, step_index: int | None) -> None:
-        self.asked = asked
-        self.kind = kind
+    asked: str
+    kind: Kind
+
+    def __init__(self, saga_id: int | None, step_index: int | None) -> None:
         self.saga_id = saga_id
         self.step_index = step_index
 
@@ -77,7 +78,7 @@ class Operation(Generic[R]):
 class Call(Operation[R]):
     """An operation that is a function of the database."""
 
-    __slots__ = ("_work",)
+    __slots__ = ("_work", "asked", "kind")
 
     def __init__(
         self,
@@ -87,7 +88,9 @@ class Call(Operation[R]):
         saga_id: int | None = None,
         step_index: int | None = None,
     ) -> None:
-        super().__init__(asked, kind, saga_id, step_index)
+        super().__init__(saga_id, step_index)
+        self.asked = asked
+        self.kind = kind
         self._work = work
 
     def run(self, db: Database) -> R:

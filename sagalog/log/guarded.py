@@ -7,11 +7,11 @@ error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
-from sagalog.errors import InvalidTransition, LogUnavailable, SagaLogError, SagaNotFound, where
+from sagalog.errors import InvalidTransition, LogUnavailable, SagaLogError, where
 from sagalog.log.database import Database, Kind, Operation
+from sagalog.log.fencing import CancelAsked, Fence, check_owner, head_of
 from sagalog.log.statements import Statement
 from sagalog.states import FINAL, OUTSTANDING, SagaState, StepState, step_sources
 
@@ -31,37 +31,56 @@ class Changed(SagaLogError):
 class Decided(Operation[None]):
     """A guarded write that decides by itself, and what explains it when it changed nothing.
 
-    The explaining SELECT may see a state that another process made after the
-    write was refused, in which it would be allowed: then it is tried again.
+    Each of them is a class: its statement, and its explanation. The explaining
+    SELECT may see a state that another process made after the write was
+    refused, in which it would be allowed (`Changed`): then it is tried again.
+
+    Args:
+        saga_id: The saga.
+        step_index: The step, or None.
+        values: The statement's parameters, but for `at_`, the moment of the write.
     """
 
-    __slots__ = ("_explain", "_owned", "_statement", "_values")
+    __slots__ = ("_cancellable", "_owned", "_values")
 
-    def __init__(
-        self,
-        asked: str,
-        kind: Kind,
-        statement: Callable[[Any], Statement],
-        values: dict[str, Any],
-        explain: Callable[[Database], SagaLogError | None],
-        saga_id: int,
-        step_index: int | None = None,
-    ) -> None:
-        self.asked = asked
-        self.kind = kind
-        self.saga_id: int = saga_id
+    saga_id: int
+
+    def __init__(self, saga_id: int, step_index: int | None, values: dict[str, Any]) -> None:
+        self.saga_id = saga_id
         self.step_index = step_index
-        self._statement = statement
         self._values = values
-        self._explain = explain
         self._owned = False
+        self._cancellable = False
+
+    def owned_by(self, fence: Fence, *, cancellable: bool = False) -> Self:
+        """Make it a write of the saga's owner only.
+
+        Args:
+            fence: The owner.
+            cancellable: Whether it is refused once a cancel was asked for; `CancelAsked` tells.
+
+        Returns:
+            The operation itself.
+        """
+        self._values["epoch_"] = fence.epoch
+        self._owned = True
+        self._cancellable = cancellable
+        return self
+
+    def _statement(self, sql: Any) -> Statement:
+        """What it is in SQL, of anybody's statements or of an owner's."""
+        raise NotImplementedError
+
+    def _explain(self, db: Database) -> SagaLogError | None:
+        """Why it changed nothing; None if the same was written before."""
+        raise NotImplementedError
 
     def run(self, db: Database) -> None:
         """Act; if nothing was changed, it was made before, or is refused."""
         if self._acted(db):
             return
         for _ in range(TRIES):
-            refusal = self._explain(db)
+            refusal = self._refusal(db)
             if refusal is None:
                 return
             if not isinstance(refusal, Changed):
@@ -84,6 +103,15 @@ class Decided(Operation[None]):
             return db.write_locked(statement, values, self.asked) == 1
         return db.write(statement, values) == 1
 
+    def _refusal(self, db: Database) -> SagaLogError | None:
+        if not self._owned:
+            return self._explain(db)
+        head = check_owner(db, self.asked, Fence(self.saga_id, self._values["epoch_"]), self.step_index)
+        refusal = self._explain(db)
+        if refusal is not None and self._cancellable and head[5] is not None:
+            return CancelAsked(self.asked, self.saga_id, head[5])
+        return refusal
+
 
 def steps_in_the_way(db: Database, asked: str, saga_id: int, target: SagaState, found: str) -> InvalidTransition | None:
     """The refusal of an ending for which a step is still pending or not undone; None if there is none."""
@@ -103,12 +131,6 @@ def steps_in_the_way(db: Database, asked: str, saga_id: int, target: SagaState, 
         if asked == "resolve"
         else "End each first: finish_step(), fail_step(), compensate_step() or mark_step_compensated().",
     )
-
-
-def head_of(db: Database, asked: str, saga_id: int, step_index: int | None = None) -> tuple[str | int | None, ...]:
-    for row in db.fetch(db.sql.saga_head, id_=saga_id):
-        return tuple(row)
-    raise SagaNotFound(asked, saga_id, step_index)
 
 
 def refused_by_saga(

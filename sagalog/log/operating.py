@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
 from sagalog.errors import (
     InvalidTransition,
     LogUnavailable,
@@ -13,7 +11,9 @@ from sagalog.errors import (
     StepNotFound,
 )
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.guarded import Decided, head_of, refused_by_saga, steps_in_the_way
+from sagalog.log.fencing import head_of
+from sagalog.log.guarded import Decided, refused_by_saga, steps_in_the_way
+from sagalog.log.statements import Statement, Statements
 from sagalog.payload import check_saga_id, check_step, check_text, encode, printable
 from sagalog.states import (
     CANCELLABLE,
@@ -26,8 +26,6 @@ from sagalog.states import (
     saga_sources,
     step_sources,
 )
-
-_request_cancel = attrgetter("request_cancel")
 
 
 def resolve(saga_id: int, state: str, *, note: str, actor: str) -> Operation[None]:
@@ -131,6 +129,32 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
     return Call(asked, Kind.SEVERAL, run, saga_id, step_index)
 
 
+class _Cancel(Decided):
+    __slots__ = ("_actor",)
+    asked = "request_cancel"
+    kind = Kind.WRITE
+
+    def __init__(self, saga_id: int, reason: str, actor: str | None) -> None:
+        super().__init__(saga_id, None, {"id_": saga_id, "reason_": reason})
+        self._actor = actor
+
+    def _statement(self, sql: Statements) -> Statement:
+        return sql.request_cancel
+
+    def _explain(self, db: Database) -> SagaLogError | None:
+        saga_id, actor, reason = self.saga_id, self._actor, self._values["reason_"]
+        head = head_of(db, self.asked, saga_id)
+        audited = actor is None or _made_before(db, "cancel", saga_id, None, reason, actor)
+        if head[5] == reason and audited:
+            return None
+        if head[5] is not None and head[1] in CANCELLABLE:
+            other = "another reason" if head[5] != reason else "the same reason, by another actor"
+            problem = f"it was asked to cancel already, for {other}"
+            found = str(head[1])
+            return InvalidTransition(self.asked, problem, saga_id=saga_id, found=found, hint="Nothing more is needed.")
+        return refused_by_saga(db, self.asked, saga_id, None, CANCELLABLE)
+
+
 def request_cancel(saga_id: int, reason: str, *, actor: str | None = None) -> Operation[None]:
     """Ask that a saga be undone. One that has not run yet ends at once, as `compensated`.
 
@@ -150,20 +174,7 @@ def request_cancel(saga_id: int, reason: str, *, actor: str | None = None) -> Op
     if actor is not None:
         check_signed(text, actor, asked, saga_id)
 
-    def explain(db: Database) -> SagaLogError | None:
-        head = head_of(db, asked, saga_id)
-        audited = actor is None or _made_before(db, "cancel", saga_id, None, text, actor)
-        if head[5] == text and audited:
-            return None
-        if head[5] is not None and head[1] in CANCELLABLE:
-            other = "another reason" if head[5] != text else "the same reason, by another actor"
-            problem = f"it was asked to cancel already, for {other}"
-            found = str(head[1])
-            return InvalidTransition(asked, problem, saga_id=saga_id, found=found, hint="Nothing more is needed.")
-        return refused_by_saga(db, asked, saga_id, None, CANCELLABLE)
-
-    values = {"id_": saga_id, "reason_": text}
-    cancel = Decided(asked, Kind.WRITE, _request_cancel, values, explain, saga_id)
+    cancel = _Cancel(saga_id, text, actor)
     if actor is None:
         return cancel
     signed = actor

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 from sagalog.errors import InvalidTransition, SagaLogError, StepNotFound
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.fencing import AlreadyEnded, Fence, check_owner, note_doubt, owned, raise_refused
+from sagalog.log.fencing import Fence, check_owner
 from sagalog.log.guarded import Decided, refused_by_saga, step_refused
-from sagalog.log.statements import Statement, Statements
-from sagalog.log.steps import ending
-from sagalog.log.steps import mark_step_compensated as _mark_any_step_compensated
+from sagalog.log.statements import Statement
+from sagalog.log.statements.owned import OwnedStatements
+from sagalog.log.steps import FailStep, FinishStep, MarkStepCompensated
 from sagalog.payload import encode, printable
 from sagalog.states import OPEN_FOR_STEPS, StepState
 
@@ -21,8 +20,50 @@ _ASKED: Mapping[StepState, str] = {
 }  # fmt: skip
 """What an ending is called in messages."""
 
-_finish_step = attrgetter("finish_step")
-_fail_step = attrgetter("fail_step")
+
+class AlreadyEnded(SagaLogError):
+    """The step was ended by an earlier try whose answer was lost; this try's transaction must be rolled back."""
+
+    def __init__(self, asked: str, saga_id: int, step_index: int, output_json: str | None) -> None:
+        self.output_json = output_json
+        super().__init__(asked, "the step ended before", saga_id=saga_id, step_index=step_index)
+
+
+class _Inserting(Decided):
+    """A new row; one that is found in its place and holds the same is this process's own."""
+
+    __slots__ = ()
+    kind = Kind.WRITE
+    state: ClassVar[StepState]
+
+    def _explain(self, db: Database) -> SagaLogError | None:
+        saga_id, mine = self.saga_id, self._values
+        index = mine["index_"]
+        wanted = (mine["name_"], self.state, mine["cmd_"], mine.get("output_"))
+        for name, state, cmd, output, _ in db.fetch(db.sql.step_row, id_=saga_id, index_=index):
+            if (name, state, cmd, output) == wanted:
+                return None
+            problem = f"row {index} holds {name!r}, {state!r}, which this process did not write"
+            return InvalidTransition(self.asked, problem, saga_id=saga_id, step_index=index, found=state)
+        return refused_by_saga(db, self.asked, saga_id, index, OPEN_FOR_STEPS)
+
+
+class _BeginStep(_Inserting):
+    __slots__ = ()
+    asked = "dispatch"
+    state = StepState.PENDING
+
+    def _statement(self, sql: OwnedStatements) -> Statement:
+        return sql.begin_step(self._cancellable)
+
+
+class _RecordStep(_Inserting):
+    __slots__ = ()
+    asked = "record"
+    state = StepState.SUCCEEDED
+
+    def _statement(self, sql: OwnedStatements) -> Statement:
+        return sql.record_step(self._cancellable)
 
 
 def begin_step(
@@ -34,68 +75,57 @@ def begin_step(
         CancelAsked: A cancel was asked for, and the saga is `cancellable`.
         LeaseLost: Another executor owns the saga.
     """
-    values = {"index_": step_index, "name_": name, "cmd_": cmd_json, "deadline_": deadline_at}
-    wanted = (name, StepState.PENDING, cmd_json, None)
-    return _inserting(
-        fence, "dispatch", lambda sql: sql.begin_step(cancellable), values, wanted, cancellable=cancellable
-    )
+    values = {
+        "id_": fence.saga_id,
+        "index_": step_index,
+        "name_": name,
+        "cmd_": cmd_json,
+        "deadline_": deadline_at,
+    }
+    return _BeginStep(fence.saga_id, step_index, values).owned_by(fence, cancellable=cancellable)
 
 
 def record_step(fence: Fence, step_index: int, name: str, output_json: str, *, cancellable: bool) -> Operation[None]:
     """A row that was succeeded from the beginning: a moment or value that the function computed once."""
-    values = {"index_": step_index, "name_": name, "cmd_": "null", "output_": output_json}
-    wanted = (name, StepState.SUCCEEDED, "null", output_json)
-    return _inserting(
-        fence, "record", lambda sql: sql.record_step(cancellable), values, wanted, cancellable=cancellable
-    )
-
-
-def _inserting(
-    fence: Fence,
-    asked: str,
-    statement: Callable[[Any], Statement],
-    values: dict[str, Any],
-    wanted: tuple[str | None, ...],
-    *,
-    cancellable: bool,
-) -> Operation[None]:
-    index = values["index_"]
-
-    def explain(db: Database) -> SagaLogError | None:
-        for name, state, cmd, output, _ in db.fetch(db.sql.step_row, id_=fence.saga_id, index_=index):
-            if (name, state, cmd, output) == wanted:
-                return None
-            problem = f"row {index} holds {name!r}, {state!r}, which this process did not write"
-            return InvalidTransition(asked, problem, saga_id=fence.saga_id, step_index=index, found=state)
-        return refused_by_saga(db, asked, fence.saga_id, index, OPEN_FOR_STEPS)
-
-    values["id_"] = fence.saga_id
-    decided = Decided(asked, Kind.WRITE, statement, values, explain, fence.saga_id, index)
-    return owned(fence, decided, cancellable=cancellable)
+    values = {"id_": fence.saga_id, "index_": step_index, "name_": name, "cmd_": "null", "output_": output_json}
+    return _RecordStep(fence.saga_id, step_index, values).owned_by(fence, cancellable=cancellable)
 
 
 def finish_step(fence: Fence, step_index: int, output_json: str) -> Operation[None]:
     """The step succeeded, and this is what it returned."""
-    return _ended(fence, step_index, StepState.SUCCEEDED, output_json, _finish_step)
+    return FinishStep(fence.saga_id, step_index, output_json).owned_by(fence)
 
 
 def fail_step(fence: Fence, step_index: int, reason: str) -> Operation[None]:
     """The step did nothing."""
     text = encode({"error": printable(reason)}, "fail_step", fence.saga_id, step_index)
-    return _ended(fence, step_index, StepState.FAILED, text, _fail_step)
-
-
-def _ended(
-    fence: Fence, step_index: int, target: StepState, text: str, statement: Callable[[Statements], Statement]
-) -> Operation[None]:
-    return owned(fence, ending(_ASKED[target], fence.saga_id, step_index, target, text, statement))
+    return FailStep(fence.saga_id, step_index, text).owned_by(fence)
 
 
 def mark_step_compensated(fence: Fence, step_index: int) -> Operation[None]:
     """There was nothing to undo in the step."""
-    decided = _mark_any_step_compensated(fence.saga_id, step_index)
-    assert isinstance(decided, Decided)
-    return owned(fence, decided)
+    return MarkStepCompensated(fence.saga_id, step_index).owned_by(fence)
+
+
+def note_doubt(db: Database, fence: Fence, step_index: int, error: str | None, deadline_at: int) -> None:
+    """Write at a pending step what was raised, and until when a try of it may be under way."""
+    values = {
+        "id_": fence.saga_id,
+        "index_": step_index,
+        "epoch_": fence.epoch,
+        "error_": error,
+        "deadline_": deadline_at,
+    }
+    if db.write(db.sql.owned.note_doubt, values) != 1:
+        raise_refused(db, "doubt_step", fence, step_index, StepState.PENDING)
+
+
+def raise_refused(db: Database, asked: str, fence: Fence, step_index: int, target: StepState) -> None:
+    """Why a write to a step changed nothing; it always raises."""
+    check_owner(db, asked, fence, step_index)
+    for _name, state, *_ in db.fetch(db.sql.step_row, id_=fence.saga_id, index_=step_index):
+        raise step_refused(asked, fence.saga_id, step_index, target, state)
+    raise StepNotFound(asked, fence.saga_id, step_index)
 
 
 def doubt_step(fence: Fence, step_index: int, error: str | None, deadline_at: int) -> Operation[None]:

@@ -6,14 +6,24 @@ under one's own epoch, is one's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.fencing import Fence, note_doubt, owned
-from sagalog.log.sagas import Drawn, NewSaga, moving, new_token
-from sagalog.log.statements import Statement, Statements
+from sagalog.log.fencing import Fence
+from sagalog.log.owned_steps import note_doubt
+from sagalog.log.sagas import (
+    Drawn,
+    MarkCompensating,
+    MarkFailedCompensation,
+    Move,
+    NewSaga,
+    TerminateCompensated,
+    TerminateFailed,
+    new_token,
+)
+from sagalog.log.statements import Statement
+from sagalog.log.statements.owned import OwnedStatements
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.payload import printable
 from sagalog.states import SagaState
@@ -77,37 +87,36 @@ def _owned_statements(db: Database) -> SagaStatements:
 
 def mark_compensating(fence: Fence, reason: str) -> Operation[None]:
     """The saga is being undone, and why."""
-    return _moved(fence, SagaState.COMPENSATING, _mark_compensating, reason)
+    return MarkCompensating(fence.saga_id, printable(reason)).owned_by(fence)
 
 
 def fail_compensation(fence: Fence, reason: str) -> Operation[None]:
     """The saga needs a person."""
-    return _moved(fence, SagaState.FAILED_COMPENSATION, _mark_failed_compensation, reason)
+    return MarkFailedCompensation(fence.saga_id, printable(reason)).owned_by(fence)
 
 
 def compensated(fence: Fence, reason: str) -> Operation[None]:
     """All that was done is undone; refused while a step is pending or succeeded."""
-    return _moved(fence, SagaState.COMPENSATED, lambda sql: sql.terminate(SagaState.COMPENSATED), reason, Kind.LOCKED)
+    return TerminateCompensated(fence.saga_id, printable(reason)).owned_by(fence)
 
 
 def failed(fence: Fence, reason: str) -> Operation[None]:
     """Undoing did not run, or did not finish; recovery owns it."""
-    return _moved(fence, SagaState.FAILED, lambda sql: sql.terminate(SagaState.FAILED), reason)
+    return TerminateFailed(fence.saga_id, printable(reason)).owned_by(fence)
 
 
-_mark_compensating = attrgetter("mark_compensating")
-_mark_failed_compensation = attrgetter("mark_failed_compensation")
+class _Complete(Move):
+    __slots__ = ()
+    asked = "complete"
+    kind = Kind.LOCKED
+    target = SagaState.COMPLETED
 
+    def __init__(self, saga_id: int, result_json: str) -> None:
+        super().__init__(saga_id, None)
+        self._values["result_"] = result_json
 
-def _moved(
-    fence: Fence,
-    target: SagaState,
-    statement: Callable[[Statements], Statement],
-    reason: str | None,
-    kind: Kind = Kind.WRITE,
-) -> Operation[None]:
-    text = None if reason is None else printable(reason)
-    return owned(fence, moving(target.value, fence.saga_id, target, kind, statement, text))
+    def _statement(self, sql: OwnedStatements) -> Statement:
+        return sql.complete(self._cancellable)
 
 
 def complete(fence: Fence, result_json: str, *, cancellable: bool) -> Operation[None]:
@@ -116,15 +125,7 @@ def complete(fence: Fence, result_json: str, *, cancellable: bool) -> Operation[
     Raises:
         CancelAsked: A cancel was asked for.
     """
-    asked = "complete"
-
-    def statement(sql: Any) -> Statement:
-        chosen: Statement = sql.complete(cancellable)
-        return chosen
-
-    decided = moving(asked, fence.saga_id, SagaState.COMPLETED, Kind.LOCKED, statement, None)
-    decided._values["result_"] = result_json
-    return owned(fence, decided, cancellable=cancellable)
+    return _Complete(fence.saga_id, result_json).owned_by(fence, cancellable=cancellable)
 
 
 def release(fence: Fence, executor_id: str, *, counted: bool) -> Operation[None]:
@@ -169,3 +170,15 @@ def give_up(fence: Fence, step_index: int | None = None, error: str = "", deadli
         db.write(db.sql.owned.give_up, {"id_": fence.saga_id, "epoch_": fence.epoch})
 
     return Call("give_up", Kind.SEVERAL, run, fence.saga_id, step_index)
+
+
+def joined(asked: str, fence: Fence, operations: Sequence[Operation[Any]]) -> Operation[Any]:
+    """Several writes, one transaction; it gives what the last one gives."""
+
+    def run(db: Database) -> Any:
+        given = None
+        for operation in operations:
+            given = operation.run(db)
+        return given
+
+    return Call(asked, Kind.SEVERAL, run, fence.saga_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sagalog.errors import InvalidTransition
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.guarded import head_of
+from sagalog.log.fencing import head_of
 from sagalog.log.operating import check_signed, write_audit
 from sagalog.payload import check_saga_id, printable
 from sagalog.states import SagaState, StepState

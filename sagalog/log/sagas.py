@@ -6,21 +6,18 @@ Each function checks its arguments and returns an `Operation`; see `guarded`.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
-from operator import attrgetter
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 from sagalog.errors import KeyConflict, LogUnavailable, PayloadError, SagaExists, SagaLogError
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.guarded import TRIES, Changed, Decided, head_of, saga_refused, steps_in_the_way
-from sagalog.log.statements import Statement, Statements
+from sagalog.log.fencing import head_of
+from sagalog.log.guarded import TRIES, Changed, Decided, saga_refused, steps_in_the_way
+from sagalog.log.statements import Statement
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.payload import MAX_SAGA_ID, Payload, check_saga_id, check_text, encode, printable
 from sagalog.records import SagaOutcome
-from sagalog.states import OUTSTANDING, SagaState, saga_sources
-
-_mark_compensating = attrgetter("mark_compensating")
-_mark_failed_compensation = attrgetter("mark_failed_compensation")
+from sagalog.states import SagaState, saga_sources
 
 
 def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
@@ -146,6 +143,89 @@ def _plain_statements(db: Database) -> SagaStatements:
     return db.sql
 
 
+class Move(Decided):
+    """A move of a saga to a state."""
+
+    __slots__ = ()
+    target: ClassVar[SagaState]
+
+    def __init__(self, saga_id: int, reason: str | None) -> None:
+        super().__init__(saga_id, None, {"id_": saga_id, "reason_": reason})
+
+    def _explain(self, db: Database) -> SagaLogError | None:
+        head, target, reason = head_of(db, self.asked, self.saga_id), self.target, self._values["reason_"]
+        if head[1] == target and (reason is None or head[4] == reason):
+            return None
+        if head[1] not in saga_sources(target):
+            return saga_refused(self.asked, self.saga_id, head[1], saga_sources(target))
+        return steps_in_the_way(db, self.asked, self.saga_id, target, head[1]) or Changed()
+
+
+class MarkCompensating(Move):
+    """A saga is being undone."""
+
+    __slots__ = ()
+    asked = "mark_compensating"
+    kind = Kind.WRITE
+    target = SagaState.COMPENSATING
+
+    def _statement(self, sql: SagaStatements) -> Statement:
+        return sql.mark_compensating
+
+
+class MarkFailedCompensation(Move):
+    """A saga needs a person."""
+
+    __slots__ = ()
+    asked = "mark_failed_compensation"
+    kind = Kind.WRITE
+    target = SagaState.FAILED_COMPENSATION
+
+    def _statement(self, sql: SagaStatements) -> Statement:
+        return sql.mark_failed_compensation
+
+
+class Terminate(Move):
+    """A saga ended."""
+
+    __slots__ = ()
+
+    def _statement(self, sql: SagaStatements) -> Statement:
+        return sql.terminate(self.target)
+
+
+class TerminateCompleted(Terminate):
+    """Everything is done; refused while a step is pending."""
+
+    __slots__ = ()
+    asked = "terminate(completed)"
+    kind = Kind.LOCKED
+    target = SagaState.COMPLETED
+
+
+class TerminateFailed(Terminate):
+    """It failed, and recovery owns it."""
+
+    __slots__ = ()
+    asked = "terminate(failed)"
+    kind = Kind.WRITE
+    target = SagaState.FAILED
+
+
+class TerminateCompensated(Terminate):
+    """What was done is undone; refused while a step is pending or succeeded."""
+
+    __slots__ = ()
+    asked = "terminate(compensated)"
+    kind = Kind.LOCKED
+    target = SagaState.COMPENSATED
+
+
+_ENDS: Mapping[str, type[Terminate]] = {
+    end.target.value: end for end in (TerminateCompleted, TerminateFailed, TerminateCompensated)
+}
+
+
 def mark_compensating(saga_id: int) -> Operation[None]:
     """Record that a saga is being undone, or that undoing it is tried again.
 
@@ -156,9 +236,8 @@ def mark_compensating(saga_id: int) -> Operation[None]:
         SagaNotFound: No such saga.
         InvalidTransition: The saga has ended.
     """
-    asked = "mark_compensating"
-    check_saga_id(saga_id, asked)
-    return moving(asked, saga_id, SagaState.COMPENSATING, Kind.WRITE, _mark_compensating, None)
+    check_saga_id(saga_id, "mark_compensating")
+    return MarkCompensating(saga_id, None)
 
 
 def mark_failed_compensation(saga_id: int, reason: str) -> Operation[None]:
@@ -172,11 +251,8 @@ def mark_failed_compensation(saga_id: int, reason: str) -> Operation[None]:
         SagaNotFound: No such saga.
         InvalidTransition: The saga has ended, or has another reason already.
     """
-    asked = "mark_failed_compensation"
-    check_saga_id(saga_id, asked)
-    target = SagaState.FAILED_COMPENSATION
-    text = printable(reason)
-    return moving(asked, saga_id, target, Kind.WRITE, _mark_failed_compensation, text)
+    check_saga_id(saga_id, "mark_failed_compensation")
+    return MarkFailedCompensation(saga_id, printable(reason))
 
 
 def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
@@ -193,8 +269,7 @@ def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
         SagaNotFound: No such saga.
         InvalidTransition: It ended otherwise, or a step stands in the way; the message names it.
     """
-    asked = f"terminate({getattr(outcome, 'state', '?')})"
-    check_saga_id(saga_id, asked)
+    check_saga_id(saga_id, "terminate")
     if not isinstance(outcome, SagaOutcome):
         raise PayloadError(
             f"terminate of saga {saga_id}",
@@ -203,31 +278,8 @@ def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
             found=type(outcome).__name__,
             hint="Use SagaOutcome.completed(), .failed(reason) or .compensated(reason).",
         )
-    target = SagaState(outcome.state)
     reason = None if outcome.reason is None else printable(outcome.reason)
-    kind = Kind.LOCKED if target in OUTSTANDING else Kind.WRITE
-    return moving(asked, saga_id, target, kind, lambda sql: sql.terminate(target), reason)
-
-
-def moving(
-    asked: str,
-    saga_id: int,
-    target: SagaState,
-    kind: Kind,
-    statement: Callable[[Statements], Statement],
-    reason: str | None,
-) -> Decided:
-    """A move of a saga to a state."""
-
-    def explain(db: Database) -> SagaLogError | None:
-        head = head_of(db, asked, saga_id)
-        if head[1] == target and (reason is None or head[4] == reason):
-            return None
-        if head[1] not in saga_sources(target):
-            return saga_refused(asked, saga_id, head[1], saga_sources(target))
-        return steps_in_the_way(db, asked, saga_id, target, head[1]) or Changed()
-
-    return Decided(asked, kind, statement, {"id_": saga_id, "reason_": reason}, explain, saga_id)
+    return _ENDS[outcome.state](saga_id, reason)
 
 
 def new_token() -> str:

@@ -5,22 +5,31 @@ Each function checks its arguments and returns an `Operation`; see `guarded`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from operator import attrgetter
+from typing import ClassVar
 
 from sagalog.errors import SagaLogError, StepExists, StepNotFound
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.guarded import Changed, Decided, head_of, refused_by_saga, saga_refused, step_refused
+from sagalog.log.fencing import head_of
+from sagalog.log.guarded import Changed, Decided, refused_by_saga, saga_refused, step_refused
 from sagalog.log.statements import Statement, Statements
 from sagalog.payload import Payload, check_saga_id, check_step, check_text, encode, printable
 from sagalog.states import NOT_FINAL, OPEN_FOR_STEPS, StepState, step_sources
 
-_start_step = attrgetter("start_step")
-_finish_step = attrgetter("finish_step")
-_fail_step = attrgetter("fail_step")
-_compensate_step = attrgetter("compensate_step")
-_append_recovery_step = attrgetter("append_recovery_step")
-_mark_step_compensated = attrgetter("mark_step_compensated")
+
+class _StartStep(Decided):
+    __slots__ = ()
+    asked = "start_step"
+    kind = Kind.INSERT
+
+    def _statement(self, sql: Statements) -> Statement:
+        return sql.start_step
+
+    def _explain(self, db: Database) -> SagaLogError | None:
+        saga_id, index, mine = self.saga_id, self.step_index, self._values
+        for name, state, cmd, *_ in db.fetch(db.sql.step_row, id_=saga_id, index_=index):
+            same = name == mine["name_"] and cmd == mine["cmd_"]
+            return StepExists(self.asked, saga_id, mine["index_"], found=state, identical=same)
+        return refused_by_saga(db, self.asked, saga_id, index, OPEN_FOR_STEPS)
 
 
 def start_step(saga_id: int, step_index: int, name: str, cmd: Payload) -> Operation[None]:
@@ -43,15 +52,51 @@ def start_step(saga_id: int, step_index: int, name: str, cmd: Payload) -> Operat
     check_text(name, "name", asked, saga_id, step_index)
     text = encode(cmd, asked, saga_id, step_index)
 
-    values = {"id_": saga_id, "index_": step_index, "name_": name, "cmd_": text}
+    return _StartStep(saga_id, step_index, {"id_": saga_id, "index_": step_index, "name_": name, "cmd_": text})
 
-    def explain(db: Database) -> SagaLogError | None:
-        for name_found, state, cmd_found, *_ in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
-            same = name_found == name and cmd_found == text
-            return StepExists(asked, saga_id, step_index, found=state, identical=same)
-        return refused_by_saga(db, asked, saga_id, step_index, OPEN_FOR_STEPS)
 
-    return Decided(asked, Kind.INSERT, _start_step, values, explain, saga_id, step_index)
+class _Ending(Decided):
+    """The end of a step, with its output as JSON text."""
+
+    __slots__ = ()
+    kind = Kind.WRITE
+    target: ClassVar[StepState]
+
+    def __init__(self, saga_id: int, step_index: int, output: str) -> None:
+        super().__init__(saga_id, step_index, {"id_": saga_id, "index_": step_index, "output_": output})
+
+    def _explain(self, db: Database) -> SagaLogError | None:
+        saga_id, index, target = self.saga_id, self._values["index_"], self.target
+        for _name, state, _cmd, output, _deadline in db.fetch(db.sql.step_row, id_=saga_id, index_=index):
+            if state == target and output == self._values["output_"]:
+                return None
+            if state in step_sources(target):
+                return Changed()
+            return step_refused(self.asked, saga_id, index, target, state)
+        head_of(db, self.asked, saga_id)
+        return StepNotFound(self.asked, saga_id, index)
+
+
+class FinishStep(_Ending):
+    """A step succeeded."""
+
+    __slots__ = ()
+    asked = "finish_step"
+    target = StepState.SUCCEEDED
+
+    def _statement(self, sql: Statements) -> Statement:
+        return sql.finish_step
+
+
+class FailStep(_Ending):
+    """A step did nothing."""
+
+    __slots__ = ()
+    asked = "fail_step"
+    target = StepState.FAILED
+
+    def _statement(self, sql: Statements) -> Statement:
+        return sql.fail_step
 
 
 def finish_step(saga_id: int, step_index: int, output_events: Payload) -> Operation[None]:
@@ -71,8 +116,7 @@ def finish_step(saga_id: int, step_index: int, output_events: Payload) -> Operat
         StepNotFound: No such step; `start_step` comes first.
         InvalidTransition: It failed, was compensated, or has other events.
     """
-    text = _checked_output("finish_step", saga_id, step_index, output_events)
-    return ending("finish_step", saga_id, step_index, StepState.SUCCEEDED, text, _finish_step)
+    return FinishStep(saga_id, step_index, _checked_output("finish_step", saga_id, step_index, output_events))
 
 
 def fail_step(saga_id: int, step_index: int, reason: str) -> Operation[None]:
@@ -89,7 +133,25 @@ def fail_step(saga_id: int, step_index: int, reason: str) -> Operation[None]:
         InvalidTransition: It succeeded, was compensated, or failed for another reason.
     """
     text = _checked_output("fail_step", saga_id, step_index, {"error": printable(reason)})
-    return ending("fail_step", saga_id, step_index, StepState.FAILED, text, _fail_step)
+    return FailStep(saga_id, step_index, text)
+
+
+class _CompensateStep(Decided):
+    __slots__ = ()
+    asked = "compensate_step"
+    kind = Kind.WRITE
+
+    def _statement(self, sql: Statements) -> Statement:
+        return sql.compensate_step
+
+    def _explain(self, db: Database) -> SagaLogError | None:
+        saga_id, index = self.saga_id, self._values["index_"]
+        for _name, state, _cmd, output, _deadline in db.fetch(db.sql.step_row, id_=saga_id, index_=index):
+            if state == StepState.COMPENSATED and output == self._values["output_"]:
+                return None
+            if state not in step_sources(StepState.COMPENSATED):
+                return step_refused(self.asked, saga_id, index, StepState.COMPENSATED, state)
+        return refused_by_saga(db, self.asked, saga_id, index, NOT_FINAL)
 
 
 def compensate_step(saga_id: int, step_index: int, output_events: Payload) -> Operation[None]:
@@ -107,20 +169,24 @@ def compensate_step(saga_id: int, step_index: int, output_events: Payload) -> Op
         SagaNotFound: No such saga.
         InvalidTransition: The step failed or was compensated with other events, or the saga has ended.
     """
-    asked = "compensate_step"
-    text = _checked_output(asked, saga_id, step_index, output_events)
+    text = _checked_output("compensate_step", saga_id, step_index, output_events)
+    return _CompensateStep(saga_id, step_index, {"id_": saga_id, "index_": step_index, "output_": text})
 
-    values = {"id_": saga_id, "index_": step_index, "output_": text}
 
-    def explain(db: Database) -> SagaLogError | None:
-        for _name, state, _cmd, output, _deadline in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
-            if state == StepState.COMPENSATED and output == text:
-                return None
-            if state not in step_sources(StepState.COMPENSATED):
-                return step_refused(asked, saga_id, step_index, StepState.COMPENSATED, state)
-        return refused_by_saga(db, asked, saga_id, step_index, NOT_FINAL)
+class _AppendRecoveryStep(Decided):
+    __slots__ = ()
+    asked = "append_recovery_step"
+    kind = Kind.INSERT
 
-    return Decided(asked, Kind.WRITE, _compensate_step, values, explain, saga_id, step_index)
+    def _statement(self, sql: Statements) -> Statement:
+        return sql.append_recovery_step
+
+    def _explain(self, db: Database) -> SagaLogError | None:
+        saga_id, index, mine = self.saga_id, self._values["index_"], self._values
+        for name, state, cmd, output, _ in db.fetch(db.sql.step_row, id_=saga_id, index_=index):
+            same = (name, state, cmd, output) == (mine["name_"], mine["state_"], mine["cmd_"], mine["output_"])
+            return StepExists(self.asked, saga_id, index, found=state, identical=same)
+        return refused_by_saga(db, self.asked, saga_id, index, NOT_FINAL)
 
 
 def append_recovery_step(
@@ -148,17 +214,39 @@ def append_recovery_step(
     cmd_text = encode(cmd, asked, saga_id, step_index)
     output = encode(events if error is None else {"error": printable(error)}, asked, saga_id, step_index)
     state = StepState.COMPENSATED if error is None else StepState.FAILED
-    values = {"id_": saga_id, "index_": step_index, "name_": name, "state_": state.value, "cmd_": cmd_text}
+    values = {
+        "id_": saga_id,
+        "index_": step_index,
+        "name_": name,
+        "state_": state.value,
+        "cmd_": cmd_text,
+        "output_": output,
+    }
+    return _AppendRecoveryStep(saga_id, step_index, values)
 
-    values["output_"] = output
 
-    def explain(db: Database) -> SagaLogError | None:
-        for name_found, found, cmd_found, output_found, _ in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
-            same = (name_found, found, cmd_found, output_found) == (name, state, cmd_text, output)
-            return StepExists(asked, saga_id, step_index, found=found, identical=same)
-        return refused_by_saga(db, asked, saga_id, step_index, NOT_FINAL)
+class MarkStepCompensated(Decided):
+    """A step is undone, or there was nothing to undo in it."""
 
-    return Decided(asked, Kind.INSERT, _append_recovery_step, values, explain, saga_id, step_index)
+    __slots__ = ()
+    asked = "mark_step_compensated"
+    kind = Kind.WRITE
+
+    def __init__(self, saga_id: int, step_index: int) -> None:
+        super().__init__(saga_id, step_index, {"id_": saga_id, "index_": step_index})
+
+    def _statement(self, sql: Statements) -> Statement:
+        return sql.mark_step_compensated
+
+    def _explain(self, db: Database) -> SagaLogError | None:
+        saga_id, index = self.saga_id, self._values["index_"]
+        rows = db.fetch(db.sql.step_row, id_=saga_id, index_=index)
+        if rows and rows[0][1] == StepState.COMPENSATED:
+            return None
+        if rows and rows[0][1] not in step_sources(StepState.COMPENSATED):
+            return step_refused(self.asked, saga_id, index, StepState.COMPENSATED, rows[0][1])
+        refusal = refused_by_saga(db, self.asked, saga_id, index, NOT_FINAL)
+        return StepNotFound(self.asked, saga_id, index) if isinstance(refusal, Changed) and not rows else refusal
 
 
 def mark_step_compensated(saga_id: int, step_index: int) -> Operation[None]:
@@ -173,21 +261,8 @@ def mark_step_compensated(saga_id: int, step_index: int) -> Operation[None]:
         StepNotFound: No such step.
         InvalidTransition: The step failed, or the saga has ended.
     """
-    asked = "mark_step_compensated"
-    check_step(saga_id, step_index, asked)
-
-    values = {"id_": saga_id, "index_": step_index}
-
-    def explain(db: Database) -> SagaLogError | None:
-        rows = db.fetch(db.sql.step_row, id_=saga_id, index_=step_index)
-        if rows and rows[0][1] == StepState.COMPENSATED:
-            return None
-        if rows and rows[0][1] not in step_sources(StepState.COMPENSATED):
-            return step_refused(asked, saga_id, step_index, StepState.COMPENSATED, rows[0][1])
-        refusal = refused_by_saga(db, asked, saga_id, step_index, NOT_FINAL)
-        return StepNotFound(asked, saga_id, step_index) if isinstance(refusal, Changed) and not rows else refusal
-
-    return Decided(asked, Kind.WRITE, _mark_step_compensated, values, explain, saga_id, step_index)
+    check_step(saga_id, step_index, "mark_step_compensated")
+    return MarkStepCompensated(saga_id, step_index)
 
 
 def mark_all_succeeded_steps_compensated(saga_id: int) -> Operation[int]:
@@ -221,27 +296,3 @@ def mark_all_succeeded_steps_compensated(saga_id: int) -> Operation[int]:
 def _checked_output(asked: str, saga_id: int, step_index: int, output: Payload) -> str:
     check_step(saga_id, step_index, asked)
     return encode(output, asked, saga_id, step_index)
-
-
-def ending(
-    asked: str,
-    saga_id: int,
-    step_index: int,
-    target: StepState,
-    output: str,
-    statement: Callable[[Statements], Statement],
-) -> Decided:
-    """The end of a step, with its output as JSON text."""
-
-    def explain(db: Database) -> SagaLogError | None:
-        for _name, state, _cmd, output_found, _deadline in db.fetch(db.sql.step_row, id_=saga_id, index_=step_index):
-            if state == target and output_found == output:
-                return None
-            if state in step_sources(target):
-                return Changed()
-            return step_refused(asked, saga_id, step_index, target, state)
-        head_of(db, asked, saga_id)
-        return StepNotFound(asked, saga_id, step_index)
-
-    values = {"id_": saga_id, "index_": step_index, "output_": output}
-    return Decided(asked, Kind.WRITE, statement, values, explain, saga_id, step_index)
