@@ -93,13 +93,13 @@ def record_step(fence: Fence, step_index: int, name: str, output_json: str, *, c
 
 def finish_step(fence: Fence, step_index: int, output_json: str) -> Operation[None]:
     """The step succeeded, and this is what it returned."""
-    return FinishStep(fence.saga_id, step_index, output_json).owned_by(fence)
+    return FinishStep.with_output(fence.saga_id, step_index, output_json).owned_by(fence)
 
 
 def fail_step(fence: Fence, step_index: int, reason: str) -> Operation[None]:
     """The step did nothing."""
     text = encode({"error": printable(reason)}, "fail_step", fence.saga_id, step_index)
-    return FailStep(fence.saga_id, step_index, text).owned_by(fence)
+    return FailStep.with_output(fence.saga_id, step_index, text).owned_by(fence)
 
 
 def mark_step_compensated(fence: Fence, step_index: int) -> Operation[None]:

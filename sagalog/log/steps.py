@@ -5,7 +5,7 @@ Each function checks its arguments and returns an `Operation`; see `guarded`.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from sagalog.errors import SagaLogError, StepExists, StepNotFound
 from sagalog.log.database import Call, Database, Kind, Operation
@@ -62,8 +62,10 @@ class _Ending(Decided):
     kind = Kind.WRITE
     target: ClassVar[StepState]
 
-    def __init__(self, saga_id: int, step_index: int, output: str) -> None:
-        super().__init__(saga_id, step_index, {"id_": saga_id, "index_": step_index, "output_": output})
+    @classmethod
+    def with_output(cls, saga_id: int, step_index: int, output: str) -> Self:
+        """This end of a step."""
+        return cls(saga_id, step_index, {"id_": saga_id, "index_": step_index, "output_": output})
 
     def _explain(self, db: Database) -> SagaLogError | None:
         saga_id, index, target = self.saga_id, self._values["index_"], self.target
@@ -116,7 +118,8 @@ def finish_step(saga_id: int, step_index: int, output_events: Payload) -> Operat
         StepNotFound: No such step; `start_step` comes first.
         InvalidTransition: It failed, was compensated, or has other events.
     """
-    return FinishStep(saga_id, step_index, _checked_output("finish_step", saga_id, step_index, output_events))
+    text = _checked_output("finish_step", saga_id, step_index, output_events)
+    return FinishStep.with_output(saga_id, step_index, text)
 
 
 def fail_step(saga_id: int, step_index: int, reason: str) -> Operation[None]:
@@ -133,7 +136,7 @@ def fail_step(saga_id: int, step_index: int, reason: str) -> Operation[None]:
         InvalidTransition: It succeeded, was compensated, or failed for another reason.
     """
     text = _checked_output("fail_step", saga_id, step_index, {"error": printable(reason)})
-    return FailStep(saga_id, step_index, text)
+    return FailStep.with_output(saga_id, step_index, text)
 
 
 class _CompensateStep(Decided):
