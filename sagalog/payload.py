@@ -41,7 +41,14 @@ def encode(value: Payload, asked: str, saga_id: int | None = None, step_index: i
     try:
         text = to_json(value).decode()  # NaN and infinity as such words
         # Whatever could read back as something else than what was given; only such text is checked further.
-        if len(text) > _LONGEST_UNCHECKED or "null" in text or "NaN" in text or "Infinity" in text or "\\u0000" in text:
+        # One letter is found to be missing in a fifth of the time that a word takes.
+        if (
+            len(text) > _LONGEST_UNCHECKED
+            or "null" in text
+            or ("N" in text and "NaN" in text)
+            or ("I" in text and "Infinity" in text)
+            or ("\\" in text and "\\u0000" in text)
+        ):
             _check_it_reads_back(value, text)
         return text
     except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as error:

@@ -7,6 +7,7 @@ when asked for, so that one row with broken JSON never hides the others.
 from __future__ import annotations
 
 from datetime import datetime
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -28,6 +29,7 @@ class SagaOutcome(_Record):
     reason: str | None = None
 
     @classmethod
+    @cache
     def completed(cls) -> SagaOutcome:
         """Everything was done."""
         return cls(state="completed")

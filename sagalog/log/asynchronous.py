@@ -21,7 +21,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from sagalog.errors import UnusableBind
 from sagalog.log.bind import Bind
-from sagalog.log.database import Kind, Operation
+from sagalog.log.database import Operation
 from sagalog.log.file import FileBind, HeldFile
 from sagalog.log.turns import Ticket
 
@@ -138,7 +138,7 @@ class ThreadBind:
 
     async def perform(self, operation: Operation[R]) -> R:
         """See `AsyncBind`."""
-        if operation.kind is Kind.READ:
+        if operation.kind.apart:
             return await decided(asyncio.to_thread(self._file.perform, operation))
         if self._unit_task is not None:
             self._refuse_nested(operation.asked)

@@ -25,9 +25,16 @@ Rows: TypeAlias = Sequence[Sequence[Any]]
 
 
 class Kind:
-    """What an operation needs of its transaction; no Enum, for each look at a member would cost what a call does."""
+    """What an operation needs of its transaction; no Enum, for each look at a member would cost what a call does.
 
-    __slots__ = ("needs", "reads")
+    Attributes:
+        reads: It writes nothing.
+        apart: On a file it may be read on another connection than the one that writes.
+        locked: It is one guarded statement by `write_locked`.
+        several: It is several statements, all or none.
+    """
+
+    __slots__ = ("apart", "locked", "reads", "several")
 
     READ: ClassVar[Kind]
     READ_OWN: ClassVar[Kind]
@@ -36,19 +43,27 @@ class Kind:
     LOCKED: ClassVar[Kind]
     SEVERAL: ClassVar[Kind]
 
-    def __init__(self, needs: str, *, reads: bool = False) -> None:
-        self.needs = needs
+    def __init__(
+        self, *, reads: bool = False, apart: bool = False, locked: bool = False, several: bool = False
+    ) -> None:
         self.reads = reads
+        self.apart = apart
+        self.locked = locked
+        self.several = several
 
 
-Kind.READ = Kind("one SELECT, a snapshot of its own", reads=True)
-Kind.READ_OWN = Kind(
-    "one SELECT of what its own process has just written; on a file where that was written", reads=True
-)
-Kind.WRITE = Kind("one guarded statement that may be repeated")
-Kind.INSERT = Kind("one guarded INSERT; its repetition raises")
-Kind.LOCKED = Kind("one guarded statement by `write_locked`, that may be repeated")
-Kind.SEVERAL = Kind("several statements, all or none")
+Kind.READ = Kind(reads=True, apart=True)
+"""One SELECT, a snapshot of its own."""
+Kind.READ_OWN = Kind(reads=True)
+"""One SELECT of what its own process has just written."""
+Kind.WRITE = Kind()
+"""One guarded statement that may be repeated."""
+Kind.INSERT = Kind()
+"""One guarded INSERT; its repetition raises."""
+Kind.LOCKED = Kind(locked=True)
+"""One guarded statement by `write_locked`, that may be repeated."""
+Kind.SEVERAL = Kind(several=True)
+"""Several statements, all or none."""
 
 
 class Operation(Generic[R]):

@@ -120,7 +120,7 @@ class EngineBind:
             return self._on_postgres(operation)
         except Exception as error:
             lost = error
-        if operation.kind is Kind.SEVERAL or not is_disconnect(lost):
+        if operation.kind.several or not is_disconnect(lost):
             raise self._told(lost, operation, committing=was_sent(lost) and not operation.kind.reads)
         # Once more, on a fresh connection: updates are idempotent, and an insert that is refused now may have been the
         # lost one. Outside the except block, for the lost error's text quotes parameters.
@@ -152,7 +152,7 @@ class EngineBind:
         except dialect.loaded_dbapi.Error as error:
             raise OperationalError(None, None, error, hide_parameters=True) from error
         driver: Any = connected.dbapi_connection
-        transacting = operation.kind is Kind.SEVERAL
+        transacting = operation.kind.several
         refusal: SagaLogError | None = None
         try:
             was_autocommit = driver.autocommit

@@ -88,7 +88,7 @@ class FileBind:
 
     def perform(self, operation: Operation[R]) -> R:
         """Run one operation; a write is durable when this returns."""
-        if operation.kind is Kind.READ and self._path is not None:
+        if operation.kind.apart and self._path is not None:
             return self._read(operation)
         turns, connections = self._turns, self._connections
         leads = False
@@ -105,7 +105,7 @@ class FileBind:
                 turns.let_others_come()
             if not turns.waiting:
                 turns.company = 1
-                if connections.writer is None or operation.kind is Kind.SEVERAL:
+                if connections.writer is None or operation.kind.several:
                     return self._alone(operation)
                 try:
                     return operation.run(connections.database)
@@ -127,7 +127,7 @@ class FileBind:
             None if another caller writes, or another process holds the lock; else a ticket that holds the outcome.
         """
         turns, connections = self._turns, self._connections
-        if operation.kind is Kind.SEVERAL or connections.writer is None:
+        if operation.kind.several or connections.writer is None:
             return None
         ticket: Ticket[R] = Ticket(operation)
         leads = False
@@ -190,7 +190,7 @@ class FileBind:
 
     def _in_one_transaction(self, batch: list[Ticket[Any]]) -> bool:
         """Run all in one transaction; False if that is undone and each is to run alone."""
-        if any(ticket.operation is None or ticket.operation.kind is Kind.SEVERAL for ticket in batch):
+        if any(ticket.operation is None or ticket.operation.kind.several for ticket in batch):
             return False
         first = batch[0].operation
         assert first is not None
@@ -237,7 +237,7 @@ class FileBind:
         try:
             if first is not None and sqlite_code(first) != SQLITE_BUSY:
                 raise first
-            if operation.kind is not Kind.SEVERAL:
+            if not operation.kind.several:
                 alone = self._database()
                 return retry_while_busy(lambda: operation.run(alone), BUSY_TIMEOUT_MS / 1000, time.sleep)
             database = self._begin()

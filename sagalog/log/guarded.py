@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Self
 
 from sagalog.errors import InvalidTransition, LogUnavailable, SagaLogError, where
-from sagalog.log.database import Database, Kind, Operation
+from sagalog.log.database import Database, Operation
 from sagalog.log.fencing import CancelAsked, Fence, check_owner, head_of
 from sagalog.log.statements import Statement
 from sagalog.states import FINAL, OUTSTANDING, SagaState, StepState, step_sources
@@ -99,7 +99,7 @@ class Decided(Operation[None]):
         values = self._values
         values["at_"] = db.now()
         statement = self._statement(db.sql.owned if self._owned else db.sql)
-        if self.kind is Kind.LOCKED:
+        if self.kind.locked:
             return db.write_locked(statement, values, self.asked) == 1
         return db.write(statement, values) == 1
 
