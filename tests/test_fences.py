@@ -112,3 +112,20 @@ def test_a_write_by_the_owner_takes_effect(write: str, log: SagaLog) -> None:
     before = log.get(fence.saga_id)
     log._bind.perform(WRITES[write](fence))
     assert log.get(fence.saga_id) != before
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_that_waits_for_the_sagas_row_holds_none_of_its_steps(write: str, postgres_url: str) -> None:
+    """Otherwise one that holds the saga's row and comes to a step would wait for it, and it for that one."""
+    stranger = create_engine(postgres_url)
+    with SagaLog.open(postgres_url) as log:
+        fence = started(log, with_steps=write not in WITHOUT_STEPS)
+        with ThreadPoolExecutor(1) as pool, stranger.begin() as holds:
+            holds.execute(text("SELECT 1 FROM saga FOR UPDATE"))
+            writing = pool.submit(log._bind.perform, WRITES[write](fence))
+            await_its_wait(writing, stranger)
+            assert not writing.done()
+            holds.execute(text("SELECT 1 FROM saga_step FOR UPDATE NOWAIT"))
+            holds.rollback()
+            assert writing.exception(LONGEST) is None
+    stranger.dispose()

@@ -102,6 +102,38 @@ def test_an_undo_that_is_done_stays_done_when_the_next_is_refused(stage: Stage) 
     assert shop.calls == ["reserve", "charge", "refund"]
 
 
+@pytest.mark.parametrize("word", ["succeeded", "compensated"])
+def test_an_undo_in_doubt_that_an_operator_knows_to_be_done_is_not_done_again(stage: Stage, word: str) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("refund", *[ConnectionError("no answer")] * 5)
+    coordinator = stage.coordinator()
+    placing(coordinator, lambda ctx: ctx.dispatch("nonsense"))
+    with pytest.raises(SagaFailed) as failed:
+        coordinator.run("place_order", Order())
+    assert failed.value.outcome == "failed_compensation"
+    stage.sql("UPDATE saga_step SET deadline_at = 1")
+    refunds = shop.calls.count("refund")
+    stage.log.resolve_step(1, 2, word, note="the bank shows it", actor="ann")
+    assert recoverer(stage).retry(1, note="go on", actor="ann").state == "compensated"
+    assert [step.state for step in stage.log.get(1).steps] == ["compensated"] * 4
+    assert (shop.calls.count("refund"), shop.calls[-1]) == (refunds, "release")
+
+
+def test_an_undo_that_its_handler_itself_calls_done_is_done(stage: Stage) -> None:
+    class Eager(Shop):
+        def refund(self, cmd: Refund, step: StepInfo) -> None:
+            super().refund(cmd, step)
+            stage.sql("UPDATE saga_step SET state = 'succeeded' WHERE step_index = 2")
+
+    shop = Eager(stage.bus)
+    coordinator = stage.coordinator()
+    placing(coordinator, lambda ctx: ctx.dispatch("nonsense"))
+    with pytest.raises(SagaFailed) as failed:
+        coordinator.run("place_order", Order())
+    assert failed.value.outcome == "compensated"
+    assert shop.calls == ["reserve", "charge", "refund", "release"]
+
+
 def test_resume_answers_what_is_recorded_and_goes_on(stage: Stage) -> None:
     shop = Shop(stage.bus)
     saga_id = left_behind(stage)

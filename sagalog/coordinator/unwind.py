@@ -186,6 +186,9 @@ async def _undo(run: Run, step: Step) -> None:
         _mark(run, step)
         return
     begun = _undo_of(run, step)
+    if begun is not None and begun.state is not StepState.PENDING:
+        _take_as_done(run, begun)
+        return
     if begun is not None:
         handler = _handler(run, begun)
         cmd = handler.read_cmd(begun.cmd_json, run.saga_id, begun.index)
@@ -211,6 +214,19 @@ def _mark(run: Run, step: Step) -> None:
     """There is nothing to undo in it."""
     run.hold(owned_steps.mark_step_compensated(run.fence, step.index))
     step.state = StepState.COMPENSATED
+
+
+def _take_as_done(run: Run, undo: Step) -> None:
+    """Somebody, an operator perhaps, said that an undo is done: so is what it undid."""
+    undone = [step for step in run.steps.values() if step.compensated_by == undo.index and step.open]
+    if undo.state is StepState.SUCCEEDED:
+        run.hold(owned_steps.end_undo(run.fence, undo.index, undo.output_json or "[]"))
+        undo.state = StepState.COMPENSATED
+        for step in undone:
+            step.state = StepState.COMPENSATED
+    else:
+        for step in undone:
+            _mark(run, step)
 
 
 async def _wait_out(run: Run, step: Step) -> None:

@@ -378,3 +378,4 @@ class _SqliteTransaction:
             if self._cursor is not None:
                 self._cursor.close()
         connection.close()
+        self._bind._close_returned()

@@ -153,7 +153,7 @@ class FileBind:
             self._lead(None)
         except SagaLogError as error:
             for ticket in ready:
-                ticket.error = error
+                ticket.error = refuse_finished(asked_of(ticket)) if self._turns.closed else error
             return
         try:
             self._commit_together(ready)
@@ -165,13 +165,17 @@ class FileBind:
     def _commit_together(self, batch: list[Ticket[Any]]) -> None:
         carried = False
         try:
-            if len(batch) == 1 or not self._in_one_transaction(batch):
-                for ticket in batch:
-                    assert ticket.operation is not None
-                    try:
-                        ticket.value = self._alone(ticket.operation)
-                    except Exception as error:
-                        ticket.error = error
+            # What only reads waits for no lock, and must not begin to in a transaction of others.
+            writes = [ticket for ticket in batch if ticket.operation is None or not ticket.operation.kind.reads]
+            shared = len(writes) > 1 and self._in_one_transaction(writes)
+            for ticket in batch:
+                assert ticket.operation is not None
+                if shared and not ticket.operation.kind.reads:
+                    continue
+                try:
+                    ticket.value = self._alone(ticket.operation)
+                except Exception as error:
+                    ticket.error = error
             carried = True
         finally:
             if not carried:

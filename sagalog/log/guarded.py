@@ -165,6 +165,8 @@ def saga_refused(
 def step_refused(asked: str, saga_id: int, step_index: int, target: StepState, found: str) -> InvalidTransition:
     if found == target:
         problem = f"the step is {found!r} already, with another output"
+    elif not step_sources(target):
+        problem = f"the step is {found!r}, and no longer {target}"
     else:
         problem = f"the step is {found!r}, and only {' or '.join(step_sources(target))} can become {target}"
     return InvalidTransition(

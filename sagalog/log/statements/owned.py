@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, and_, case, exists, func, literal_column, 
 from sagalog.log.statements.clause import Statement, bind, literal, one_of
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.log.statements.steps import StepStatements
-from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, Actor, SagaState, StepState
+from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, Actor, SagaState, StepState, step_sources
 
 
 class OwnedStatements(SagaStatements, StepStatements):
@@ -120,21 +120,25 @@ class OwnedStatements(SagaStatements, StepStatements):
 
     @cached_property
     def end_undo(self) -> Statement:
-        """The row of an undo is done, and what it undid is undone; nothing of it unless the row is pending."""
-        c, pending = self.step.c, literal(StepState.PENDING)
+        """The row of an undo is done, and what it undid is undone; nothing of it if the row had ended otherwise.
+
+        The saga's row is locked before the undo's, as everywhere: the other way round two writes would wait for each
+        other. Postgres evaluates the two conditions in the order in which they stand here.
+        """
+        c, sources = self.step.c, step_sources(StepState.COMPENSATED)
         undo = self.step.alias("undo")
         unended: Any = select(literal_column("1")).where(
-            undo.c.saga_id == bind("id_"), undo.c.step_index == bind("index_"), undo.c.state == pending
+            undo.c.saga_id == bind("id_"), undo.c.step_index == bind("index_"), one_of(sources, undo.c.state)
         )
         own = c.step_index == bind("index_")
-        undone = and_(c.compensated_by == bind("index_"), one_of((StepState.PENDING, StepState.SUCCEEDED), c.state))
         return Statement(
             update(self.step)
             .where(
                 c.saga_id == bind("id_"),
-                or_(and_(own, c.state == pending), undone),
-                exists(unended.with_for_update(key_share=True)),
+                or_(own, c.compensated_by == bind("index_")),
+                one_of(sources, c.state),
                 self._may_write,
+                exists(unended.with_for_update(key_share=True)),
             )
             .values(
                 state=literal(StepState.COMPENSATED),
