@@ -102,8 +102,8 @@ def test_an_undo_that_is_done_stays_done_when_the_next_is_refused(stage: Stage) 
     assert shop.calls == ["reserve", "charge", "refund"]
 
 
-@pytest.mark.parametrize("word", ["succeeded", "compensated"])
-def test_an_undo_in_doubt_that_an_operator_knows_to_be_done_is_not_done_again(stage: Stage, word: str) -> None:
+def refund_in_doubt(stage: Stage, word: str) -> tuple[Shop, int]:
+    """A saga whose undo an operator has settled so, and how often it was tried."""
     shop = Shop(stage.bus)
     shop.fails("refund", *[ConnectionError("no answer")] * 5)
     coordinator = stage.coordinator()
@@ -112,11 +112,26 @@ def test_an_undo_in_doubt_that_an_operator_knows_to_be_done_is_not_done_again(st
         coordinator.run("place_order", Order())
     assert failed.value.outcome == "failed_compensation"
     stage.sql("UPDATE saga_step SET deadline_at = 1")
-    refunds = shop.calls.count("refund")
     stage.log.resolve_step(1, 2, word, note="the bank shows it", actor="ann")
+    return shop, shop.calls.count("refund")
+
+
+@pytest.mark.parametrize("word", ["succeeded", "compensated"])
+def test_an_undo_in_doubt_that_an_operator_knows_to_be_done_is_not_done_again(stage: Stage, word: str) -> None:
+    shop, tries = refund_in_doubt(stage, word)
     assert recoverer(stage).retry(1, note="go on", actor="ann").state == "compensated"
     assert [step.state for step in stage.log.get(1).steps] == ["compensated"] * 4
-    assert (shop.calls.count("refund"), shop.calls[-1]) == (refunds, "release")
+    assert (shop.calls.count("refund"), shop.calls[-1]) == (tries, "release")
+
+
+def test_an_undo_in_doubt_that_an_operator_knows_to_have_failed_is_done_anew_under_its_key(stage: Stage) -> None:
+    shop, tries = refund_in_doubt(stage, "failed")
+    assert recoverer(stage).retry(1, note="go on", actor="ann").state == "compensated"
+    assert [(step.name, step.state) for step in stage.log.get(1).steps] == [
+        ("Reserve", "compensated"), ("Charge", "compensated"), ("Refund", "failed"), ("Refund", "compensated"),
+        ("Release", "compensated"),
+    ]  # fmt: skip
+    assert (shop.calls.count("refund"), len(shop.keys["refund"])) == (tries + 1, 1)
 
 
 def test_an_undo_that_its_handler_itself_calls_done_is_done(stage: Stage) -> None:
