@@ -39,7 +39,6 @@ class Kind:
     READ: ClassVar[Kind]
     READ_OWN: ClassVar[Kind]
     WRITE: ClassVar[Kind]
-    INSERT: ClassVar[Kind]
     LOCKED: ClassVar[Kind]
     SEVERAL: ClassVar[Kind]
 
@@ -57,9 +56,7 @@ Kind.READ = Kind(reads=True, apart=True)
 Kind.READ_OWN = Kind(reads=True)
 """One SELECT of what its own process has just written."""
 Kind.WRITE = Kind()
-"""One guarded statement that may be repeated."""
-Kind.INSERT = Kind()
-"""One guarded INSERT; its repetition raises."""
+"""One guarded statement; repeated, an UPDATE changes nothing and an INSERT is refused."""
 Kind.LOCKED = Kind(locked=True)
 """One guarded statement by `write_locked`, that may be repeated."""
 Kind.SEVERAL = Kind(several=True)

@@ -70,7 +70,7 @@ def begin_saga(
     }
     new = NewSaga(asked, values, _owned_statements)
     if executor_id is not None:
-        return Call(asked, Kind.INSERT, new.drawn)
+        return Call(asked, Kind.WRITE, new.drawn)
 
     def run(db: Database) -> Drawn:
         drawn = new.drawn(db)
@@ -108,7 +108,6 @@ def failed(fence: Fence, reason: str) -> Operation[None]:
 class _Complete(Move):
     __slots__ = ()
     asked = "complete"
-    kind = Kind.LOCKED
     target = SagaState.COMPLETED
 
     def __init__(self, saga_id: int, result_json: str) -> None:

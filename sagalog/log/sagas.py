@@ -17,7 +17,7 @@ from sagalog.log.statements import Statement
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.payload import MAX_SAGA_ID, Payload, check_saga_id, check_text, encode, printable
 from sagalog.records import SagaOutcome
-from sagalog.states import SagaState, saga_sources
+from sagalog.states import OUTSTANDING, SagaState, saga_sources
 
 
 def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
@@ -50,7 +50,7 @@ def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
         head = rows[0]
         raise SagaExists(saga_id, found=head[1], identical=head[0] == name and head[3] == text)
 
-    return Call(asked, Kind.INSERT, run, saga_id)
+    return Call(asked, Kind.WRITE, run, saga_id)
 
 
 def create_saga(name: str, input: Payload, *, key: str | None = None) -> Operation[int]:
@@ -78,7 +78,7 @@ def create_saga(name: str, input: Payload, *, key: str | None = None) -> Operati
         check_text(key, "key", asked)
     text = encode(input, asked)
     values = {"name_": name, "input_": text, "token_": new_token(), "key_": key}
-    return Call(asked, Kind.INSERT, NewSaga(asked, values, _plain_statements).id_of, None)
+    return Call(asked, Kind.WRITE, NewSaga(asked, values, _plain_statements).id_of, None)
 
 
 class Drawn(NamedTuple):
@@ -149,6 +149,10 @@ class Move(Decided):
     __slots__ = ()
     target: ClassVar[SagaState]
 
+    def __init_subclass__(cls) -> None:
+        if hasattr(cls, "target"):  # what looks at the saga's steps locks the saga first
+            cls.kind = Kind.LOCKED if cls.target in OUTSTANDING else Kind.WRITE
+
     def __init__(self, saga_id: int, reason: str | None) -> None:
         super().__init__(saga_id, None, {"id_": saga_id, "reason_": reason})
 
@@ -166,7 +170,6 @@ class MarkCompensating(Move):
 
     __slots__ = ()
     asked = "mark_compensating"
-    kind = Kind.WRITE
     target = SagaState.COMPENSATING
 
     def _statement(self, sql: SagaStatements) -> Statement:
@@ -178,7 +181,6 @@ class MarkFailedCompensation(Move):
 
     __slots__ = ()
     asked = "mark_failed_compensation"
-    kind = Kind.WRITE
     target = SagaState.FAILED_COMPENSATION
 
     def _statement(self, sql: SagaStatements) -> Statement:
@@ -199,7 +201,6 @@ class TerminateCompleted(Terminate):
 
     __slots__ = ()
     asked = "terminate(completed)"
-    kind = Kind.LOCKED
     target = SagaState.COMPLETED
 
 
@@ -208,7 +209,6 @@ class TerminateFailed(Terminate):
 
     __slots__ = ()
     asked = "terminate(failed)"
-    kind = Kind.WRITE
     target = SagaState.FAILED
 
 
@@ -217,7 +217,6 @@ class TerminateCompensated(Terminate):
 
     __slots__ = ()
     asked = "terminate(compensated)"
-    kind = Kind.LOCKED
     target = SagaState.COMPENSATED
 
 

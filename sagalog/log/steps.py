@@ -19,7 +19,7 @@ from sagalog.states import NOT_FINAL, OPEN_FOR_STEPS, StepState, step_sources
 class _StartStep(Decided):
     __slots__ = ()
     asked = "start_step"
-    kind = Kind.INSERT
+    kind = Kind.WRITE
 
     def _statement(self, sql: Statements) -> Statement:
         return sql.start_step
@@ -179,7 +179,7 @@ def compensate_step(saga_id: int, step_index: int, output_events: Payload) -> Op
 class _AppendRecoveryStep(Decided):
     __slots__ = ()
     asked = "append_recovery_step"
-    kind = Kind.INSERT
+    kind = Kind.WRITE
 
     def _statement(self, sql: Statements) -> Statement:
         return sql.append_recovery_step

@@ -1,0 +1,104 @@
+"""The end of a log: what is refused afterwards, and what becomes of writes that are under way."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from sagalog import AsyncSagaLog, SagaLog, UnusableBind
+
+
+def test_a_closed_log_refuses(sqlite_path: Path) -> None:
+    log = SagaLog.open(sqlite_path)
+    log.close()
+    log.close()
+    for call in (lambda: log.start_saga(1, "s", None), log.counts, lambda: log.unit_of_work().__enter__()):
+        with pytest.raises(UnusableBind, match="closed"):
+            call()
+
+
+class Locking:
+    """Holds the row of saga 1, and looks at the server's other connections."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = create_engine(url)
+        self._holding = self._engine.connect()
+        self._holding.execute(text("SELECT 1 FROM saga WHERE saga_id = 1 FOR UPDATE"))
+        self._looking = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+
+    def _become(self, count: int, which: str) -> bool:
+        those = f"SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND {which}"
+        until = time.monotonic() + 10
+        while self._looking.execute(text(those)).scalar_one() != count:
+            if time.monotonic() > until:
+                return False
+        return True
+
+    def is_waited_for(self) -> bool:
+        """Whether a statement comes to wait for the row."""
+        return self._become(1, "wait_event_type = 'Lock'")
+
+    def release(self) -> None:
+        """Let it go on."""
+        self._holding.rollback()
+
+    def is_alone(self) -> bool:
+        """Whether every other connection comes to be closed."""
+        return self._become(2, "backend_type = 'client backend'")
+
+    def close(self) -> None:
+        """Give back both connections."""
+        self._looking.close()
+        self._holding.close()
+        self._engine.dispose()
+
+
+@pytest.fixture
+def locking(postgres_url: str) -> Iterator[Locking]:
+    """Nothing is closed by the garbage collector meanwhile."""
+    with SagaLog.open(postgres_url) as log:
+        log.start_saga(1, "s", None)
+    gc.disable()
+    locking = Locking(postgres_url)
+    try:
+        yield locking
+    finally:
+        locking.close()
+        gc.enable()
+
+
+def test_a_log_that_is_closed_while_a_thread_writes_leaves_no_connection_open(
+    postgres_url: str, locking: Locking
+) -> None:
+    log = SagaLog.open(postgres_url)
+    writing = threading.Thread(target=log.start_step, args=(1, 0, "Reserve", None))
+    writing.start()
+    assert locking.is_waited_for()
+    log.close()
+    locking.release()
+    writing.join()
+    assert locking.is_alone()
+    with SagaLog.open(postgres_url) as again:
+        assert again.next_step_index(1) == 1
+
+
+def test_an_async_log_that_is_closed_while_a_task_writes_leaves_no_connection_open(
+    postgres_url: str, locking: Locking
+) -> None:
+    async def main() -> None:
+        log = await AsyncSagaLog.open(postgres_url)
+        writing = asyncio.create_task(log.start_step(1, 0, "Reserve", None))
+        assert await asyncio.to_thread(locking.is_waited_for)
+        await log.close()
+        locking.release()
+        await writing
+        assert await asyncio.to_thread(locking.is_alone)
+
+    asyncio.run(main())
