@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Literal
 
 import psycopg
 from pydantic_core import to_json
 from sqlalchemy import URL, Engine, make_url
+
+from sagalog import SagaLog
+
+Durability = Literal["full", "normal"]
 
 POSTGRES_URL = "SAGALOG_TEST_POSTGRES_URL"
 STEPS = 4
@@ -35,6 +41,27 @@ def directory(parent: Path) -> Iterator[Path]:
     """A fresh directory, deleted at the end."""
     with tempfile.TemporaryDirectory(prefix="bench-", dir=parent) as made:
         yield Path(made)
+
+
+def log_file(path: Path) -> Path:
+    """A file as `SagaLog.open` makes it."""
+    SagaLog.open(path).close()
+    return path
+
+
+def host_file(path: Path) -> Path:
+    """A file as sqlite3 makes it, with the log's tables in it."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL").fetchall()
+    return log_file(path)
+
+
+def bare_connection(path: Path, durability: Durability) -> sqlite3.Connection:
+    """The baseline's, in autocommit."""
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL").fetchall()
+    connection.execute(f"PRAGMA synchronous = {durability.upper()}")
+    return connection
 
 
 @contextmanager

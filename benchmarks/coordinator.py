@@ -1,7 +1,7 @@
 """What the coordinator costs: sagas of four steps that do nothing, against the ten bare writes of one.
 
 The baseline is that of `log.py`: ten writes in autocommit over one bare
-connection, the JSON ready and no guards. All run in turns within one round; a
+connection, the JSON ready and no guards, on a file as sqlite3 makes it. All run in turns within one round; a
 ratio is the median, over the rounds, of the time of a saga to the baseline's.
 Recovery is compared with the bare writes that it has to make: the claim, the
 move to `compensating`, a row and its end with a mark for each undo, and the end.
@@ -22,16 +22,19 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from common import (
     PAYLOAD,
     STEPS,
     TEXT,
+    Durability,
     add_directory,
+    bare_connection,
     connect,
     directory,
     disposing,
+    host_file,
     postgres_database,
     postgres_server,
     print_table,
@@ -54,7 +57,6 @@ from sagalog import (
 )
 from sagalog.migrations import upgrade
 
-Durability = Literal["full", "normal"]
 Figure = tuple[str, list[float], float, bool]
 """A name, the ratio of each round, the limit, and whether it is a lower one."""
 
@@ -126,20 +128,10 @@ def many(run: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - began) / count
 
 
-def bare_file(path: Path, durability: Durability) -> sqlite3.Connection:
-    """The baseline's connection."""
-    connection = sqlite3.connect(path, isolation_level=None)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute(f"PRAGMA synchronous = {durability.upper()}")
-    return connection
-
-
 def on_file(where: Path, durability: Durability, rounds: int, sagas: int) -> Iterator[Figure]:
     """A saga through the coordinator on a SQLite file."""
     with ExitStack() as stack:
-        for name in ("bare", "ours"):
-            SagaLog.open(where / f"{durability}-{name}.db").close()
-        bare = stack.enter_context(closing(bare_file(where / f"{durability}-bare.db", durability)))
+        bare = stack.enter_context(closing(bare_connection(host_file(where / f"{durability}-bare.db"), durability)))
         log = stack.enter_context(SagaLog.open(where / f"{durability}-ours.db", durability=durability))
         coordinator = stack.enter_context(sync_coordinator(log))
         ids = itertools.count(1)
@@ -206,10 +198,9 @@ async def _many_at_once(url: str, rounds: int, sagas: int) -> Figure:
 
 def recovery(where: Path, count: int) -> Iterator[Figure]:
     """Recovery of interrupted sagas on a SQLite file, in turns with the bare writes that it must make."""
-    SagaLog.open(where / "recovery-bare.db").close()
     turns = max(1, count // _TURN)
     with ExitStack() as stack:
-        bare = stack.enter_context(closing(bare_file(where / "recovery-bare.db", "normal")))
+        bare = stack.enter_context(closing(bare_connection(host_file(where / "recovery-bare.db"), "normal")))
         log = stack.enter_context(SagaLog.open(where / "recovery.db", durability="normal"))
         dying = sync_coordinator(log, dies=True)
         for saga_id in range(1, turns * _TURN + 1):

@@ -7,6 +7,9 @@ connection to the same tables (sqlite3 in WAL mode with the same `synchronous`;
 psycopg). All run in turns within one round; a ratio is the median, over the
 rounds, of the time of a saga to that of the baseline's saga in the same round.
 
+The baseline's file and the engine's are as sqlite3 makes them; `SagaLog.open`
+makes files of smaller pages. The baseline on such a file stands beside it.
+
     python benchmarks/log.py
     python benchmarks/log.py --only full --rounds 40
     python benchmarks/log.py --only postgres
@@ -26,16 +29,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from common import (
     PAYLOAD,
     STEPS,
     TEXT,
+    Durability,
     add_directory,
+    bare_connection,
     connect,
     directory,
     disposing,
+    host_file,
+    log_file,
     postgres_database,
     postgres_server,
     print_table,
@@ -55,8 +62,6 @@ FINISH_STEP = (
 )
 TERMINATE = "UPDATE saga SET state = 'completed', terminal_at = ? WHERE saga_id = ?"
 BARE = (START_SAGA, START_STEP, FINISH_STEP, TERMINATE)
-
-Durability = Literal["full", "normal"]
 
 
 class Contestant(NamedTuple):
@@ -159,35 +164,35 @@ class Groups:
         self._where = where
         self._stack = stack
 
-    def _file(self, name: str) -> Path:
-        path = self._where / f"{name}.db"
-        SagaLog.open(path).close()  # made and migrated
-        return path
+    def _bare(self, durability: Durability, name: str, make: Callable[[Path], Path]) -> Contestant:
+        path = make(self._where / f"{name}-{durability}.db")
+        connection = self._stack.enter_context(closing(bare_connection(path, durability)))
+        execute = connection.cursor().execute
+        return Contestant(name, None, one_by_one(lambda saga_id: bare_saga(execute, BARE, saga_id)))
 
-    def _bare(self, durability: Durability) -> Contestant:
-        connection = sqlite3.connect(self._file(f"bare-{durability}"), isolation_level=None)
-        cursor = self._stack.enter_context(closing(connection)).cursor()
-        cursor.execute("PRAGMA journal_mode = WAL").fetchall()
-        cursor.execute(f"PRAGMA synchronous = {durability}")
-        return Contestant("bare sqlite3", None, one_by_one(lambda saga_id: bare_saga(cursor.execute, BARE, saga_id)))
+    def _log_file(self, name: str, durability: Durability) -> Path:
+        return log_file(self._where / f"{name}-{durability}.db")
 
     def _opened(self, name: str, durability: Durability) -> SagaLog:
-        return self._stack.enter_context(SagaLog.open(self._file(f"{name}-{durability}"), durability=durability))
+        return self._stack.enter_context(SagaLog.open(self._log_file(name, durability), durability=durability))
 
     def _awaited(self, name: str, durability: Durability) -> tuple[AsyncSagaLog, asyncio.Runner]:
         runner = self._stack.enter_context(asyncio.Runner())
-        log = runner.run(AsyncSagaLog.open(self._file(f"{name}-{durability}"), durability=durability))
+        log = runner.run(AsyncSagaLog.open(self._log_file(name, durability), durability=durability))
         self._stack.callback(lambda: runner.run(log.close()))
         return log, runner
 
     def sqlite(self, durability: Durability) -> list[Contestant]:
         """One caller on a file."""
         opened = self._opened("open", durability)
-        engine = self._stack.enter_context(sqlite_engine(self._file(f"engine-{durability}"), durability))
+        engine = self._stack.enter_context(
+            sqlite_engine(host_file(self._where / f"engine-{durability}.db"), durability)
+        )
         on_engine = SagaLog(engine)
         awaited, runner = self._awaited("async", durability)
         return [
-            self._bare(durability),
+            self._bare(durability, "bare sqlite3", host_file),
+            self._bare(durability, "bare, pages of SagaLog.open", log_file),
             Contestant("SagaLog.open", 1.2, one_by_one(lambda saga_id: one_saga(opened, saga_id))),
             Contestant("SagaLog(engine)", 2.0, one_by_one(lambda saga_id: one_saga(on_engine, saga_id))),
             Contestant("AsyncSagaLog.open", 4.0, in_tasks(awaited, runner, 1)),
@@ -197,7 +202,7 @@ class Groups:
         """Many callers on a file, against one that writes one saga after another."""
         awaited, runner = self._awaited("tasks", "full")
         return [
-            self._bare("full"),
+            self._bare("full", "bare sqlite3", host_file),
             Contestant("SagaLog.open, 8 threads", 0.6, in_threads(self._opened("threads-8", "full"), 8)),
             Contestant("SagaLog.open, 64 threads", 0.5, in_threads(self._opened("threads-64", "full"), 64)),
             Contestant("AsyncSagaLog.open, 64 tasks", 0.25, in_tasks(awaited, runner, 64)),

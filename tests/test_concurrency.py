@@ -85,6 +85,29 @@ def test_one_step_started_by_many_threads_is_started_once(shared: SagaLog) -> No
         assert sum(pool.map(start, range(50))) == 1
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda log: log.max_saga_id(),
+        lambda log: log.next_step_index(1),
+        lambda log: len(log.get(1).steps),
+        lambda log: log.counts()["running"],
+    ],
+    ids=["max_saga_id", "next_step_index", "get", "counts"],
+)
+def test_a_read_sees_what_is_committed_and_waits_for_no_unit_of_work(
+    read: Callable[[SagaLog], int], sqlite_path: Path
+) -> None:
+    with SagaLog.open(sqlite_path) as log, ThreadPoolExecutor(1) as pool:
+        log.start_saga(1, "s", None)
+        before = read(log)
+        with log.unit_of_work() as work:
+            work.start_saga(2, "s", None)
+            work.start_step(1, 0, "c", None)
+            assert pool.submit(read, log).result(timeout=4) == read(log) == before
+        assert pool.submit(read, log).result() == read(log) == before + 1
+
+
 def test_no_saga_completes_beside_a_step_that_is_starting(shared: SagaLog) -> None:
     for saga in range(1, 41):
         shared.start_saga(saga, "s", None)

@@ -7,6 +7,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -452,3 +453,13 @@ def test_open_without_migrate_only_checks(tmp_path: Path) -> None:
     with pytest.raises(SchemaOutOfDate):
         SagaLog.open(path, migrate=False)
     assert rows(path)[0][0][0] == 1
+
+
+def test_a_file_that_open_makes_has_small_pages_and_a_hosts_keeps_its_own(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "host.db")) as host:
+        host.execute("CREATE TABLE theirs (x)")
+    for name, pages in (("made.db", 2048), ("host.db", 4096)):
+        SagaLog.open(tmp_path / name).close()
+        SagaLog.open(tmp_path / name).close()
+        with closing(sqlite3.connect(tmp_path / name)) as looking:
+            assert looking.execute("PRAGMA page_size").fetchone() == (pages,)

@@ -30,29 +30,40 @@ class Kind:
     Attributes:
         reads: It writes nothing.
         apart: On a file it may be read on another connection than the one that writes.
+        brief: On a file it is read on the one that writes, if nobody does: the other one's cache is stale.
         locked: It is one guarded statement by `write_locked`.
         several: It is several statements, all or none.
     """
 
-    __slots__ = ("apart", "locked", "reads", "several")
+    __slots__ = ("apart", "brief", "locked", "reads", "several")
 
     READ: ClassVar[Kind]
+    READ_ROW: ClassVar[Kind]
     READ_OWN: ClassVar[Kind]
     WRITE: ClassVar[Kind]
     LOCKED: ClassVar[Kind]
     SEVERAL: ClassVar[Kind]
 
     def __init__(
-        self, *, reads: bool = False, apart: bool = False, locked: bool = False, several: bool = False
+        self,
+        *,
+        reads: bool = False,
+        apart: bool = False,
+        brief: bool = False,
+        locked: bool = False,
+        several: bool = False,
     ) -> None:
         self.reads = reads
         self.apart = apart
+        self.brief = brief
         self.locked = locked
         self.several = several
 
 
 Kind.READ = Kind(reads=True, apart=True)
 """One SELECT, a snapshot of its own."""
+Kind.READ_ROW = Kind(reads=True, apart=True, brief=True)
+"""One SELECT of one row."""
 Kind.READ_OWN = Kind(reads=True)
 """One SELECT of what its own process has just written."""
 Kind.WRITE = Kind()

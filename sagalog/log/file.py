@@ -88,7 +88,9 @@ class FileBind:
 
     def perform(self, operation: Operation[R]) -> R:
         """Run one operation; a write is durable when this returns."""
-        if operation.kind.apart and self._path is not None:
+        kind = operation.kind
+        apart = kind.apart and self._path is not None
+        if apart and not kind.brief:
             return self._read(operation)
         turns, connections = self._turns, self._connections
         leads = False
@@ -97,15 +99,18 @@ class FileBind:
                 if not turns.leading and not turns.closed:
                     turns.leading = leads = True
             if not leads:
+                if apart:
+                    return self._read(operation)
                 ticket: Ticket[R] = Ticket(operation)
                 leads = self._lead(ticket)
                 if not leads:
                     return ticket.outcome()  # type: ignore[no-any-return]
-            if turns.company > 1:
+            if turns.company > 1 and not apart:
                 turns.let_others_come()
-            if not turns.waiting:
-                turns.company = 1
-                if connections.writer is None or operation.kind.several:
+            if apart or not turns.waiting:
+                if not apart:
+                    turns.company = 1
+                if connections.writer is None or kind.several:
                     return self._alone(operation)
                 try:
                     return operation.run(connections.database)

@@ -52,7 +52,7 @@ def max_saga_id() -> Operation[int]:
         highest: int = db.fetch(db.sql.max_saga_id)[0][0]
         return highest
 
-    return Call("max_saga_id", Kind.READ, run)
+    return Call("max_saga_id", Kind.READ_ROW, run)
 
 
 def next_step_index(saga_id: int) -> Operation[int]:
@@ -70,7 +70,7 @@ def next_step_index(saga_id: int) -> Operation[int]:
         following: int = db.fetch(db.sql.next_step_index, id_=saga_id)[0][0]
         return following
 
-    return Call("next_step_index", Kind.READ, run, saga_id)
+    return Call("next_step_index", Kind.READ_ROW, run, saga_id)
 
 
 def get(saga_id: int) -> Operation[SagaRecord]:
