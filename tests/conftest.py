@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_e
 from sqlalchemy.orm import Session
 
 from sagalog import AsyncSagaLog, SagaLog, migrations
-from tests.coordinating import STAGES, Stage, stage_of
+from tests.coordinating import STAGES, Stage, carry_all, stage_of
 
 _numbers = itertools.count(1)
 
@@ -206,6 +206,7 @@ ROADS = (
     "postgres-connection",
     "postgres-session",
     "postgres-async-engine",
+    "postgres-async-carried",
     "postgres-async-session",
     "postgres-asyncpg-engine",
     "postgres-asyncpg-connection",
@@ -257,7 +258,11 @@ def open_road(name: str, sqlite_url: str, postgres_url: str | None) -> Iterator[
                 target = target.set(query={"host": target.query["host"]})
             engine = create_async_engine(target)
             stack.callback(lambda: run(engine.dispose()))
-            if name.endswith("engine"):
+            if name.endswith("carried"):
+                carried = AsyncSagaLog(engine)
+                carry_all(carried)
+                yield Road(name, Blocking(carried, loop), strange, nothing)
+            elif name.endswith("engine"):
                 yield Road(name, Blocking(AsyncSagaLog(engine), loop), strange, nothing)
             elif name.endswith("session"):
                 session = AsyncSession(engine)

@@ -25,8 +25,11 @@ from sagalog import (
     StepInfo,
     StepRejected,
 )
+from sagalog.log.sharing import SharingBind
 
-STAGES = ("file", "engine-sqlite", "postgres", "async-file", "async-sqlite", "async-postgres")
+STAGES = ("file", "engine-sqlite", "postgres", "async-file", "async-sqlite", "async-postgres", "carried-postgres")
+"""The last: on psycopg, where each write of the log goes the way of those that share a transaction."""
+ON_POSTGRES = tuple(name for name in STAGES if name.endswith("postgres"))
 
 
 class Reserved(BaseModel):
@@ -214,9 +217,24 @@ def running_loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 @contextmanager
+def row_held(url: str, saga_id: int) -> Iterator[None]:
+    """Another connection's transaction holds a saga's row."""
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("SELECT 1 FROM saga WHERE saga_id = :id FOR UPDATE"), {"id": saga_id})
+        yield
+    engine.dispose()
+
+
+def carry_all(log: Any) -> None:
+    """No write of an AsyncSagaLog on psycopg goes alone."""
+    log._bind = SharingBind(log._bind.bind, alone=0)
+
+
+@contextmanager
 def staged(name: str, path: Path, postgres_url: str | None) -> Iterator[Stage]:
     url = postgres_url or f"sqlite:///{path}"
-    if not name.startswith("async"):
+    if not name.startswith(("async", "carried")):
         engine: Engine | None = None if name == "file" else create_engine(url)
         stage = Stage(url, engine, SagaLog.open(path) if engine is None else SagaLog(engine), None)
         try:
@@ -232,8 +250,10 @@ def staged(name: str, path: Path, postgres_url: str | None) -> Iterator[Stage]:
             log = asyncio.run_coroutine_threadsafe(AsyncSagaLog.open(path), loop).result(30)
         else:
             drivers = {"async-sqlite": ("sqlite", "sqlite+aiosqlite"), "async-postgres": ("+psycopg", "+asyncpg")}
-            other = create_async_engine(url.replace(*drivers[name], 1))
+            other = create_async_engine(url.replace(*drivers.get(name, ("", "")), 1))
             log = AsyncSagaLog(other)
+            if name.startswith("carried"):
+                carry_all(log)
         stage = Stage(url, other, log, loop)
         try:
             yield stage

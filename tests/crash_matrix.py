@@ -34,6 +34,7 @@ from sagalog import (
     StepRejected,
 )
 from sagalog.testing import Crash, crash_points
+from tests.coordinating import carry_all
 
 
 class Done(BaseModel):
@@ -288,7 +289,7 @@ async def acrashes(
         yield crash, shop.outside.problems(crash)
 
 
-def _postgres(url: str, *, asynchronous: bool) -> Callable[[], Any]:
+def _postgres(url: str, *, asynchronous: bool, carried: bool) -> Callable[[], Any]:
     from sqlalchemy import create_engine, text
     from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -302,7 +303,12 @@ def _postgres(url: str, *, asynchronous: bool) -> Callable[[], Any]:
         with engine.begin() as connection:
             connection.execute(text("DELETE FROM saga_step"))
             connection.execute(text("DELETE FROM saga"))
-        return AsyncSagaLog(other) if asynchronous else SagaLog(engine)
+        if not asynchronous:
+            return SagaLog(engine)
+        log = AsyncSagaLog(other)
+        if carried:
+            carry_all(log)
+        return log
 
     return open_log
 
@@ -313,6 +319,7 @@ def main() -> None:
     parser.add_argument("--zombie", action="store_true")
     parser.add_argument("--repeat", action="store_true")
     parser.add_argument("--asynchronous", action="store_true")
+    parser.add_argument("--carried", action="store_true", help="as writes of many tasks that share a transaction")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--every", type=int, default=1, help="only every n-th scenario")
     parser.add_argument("--postgres", metavar="URL")
@@ -326,7 +333,9 @@ def main() -> None:
     if given.scenario:
         steps, trouble, at, on_crash, on_unknown, retried = given.scenario.split(",")
         chosen = [Scenario(int(steps), trouble, int(at), on_crash, on_unknown, retried == "True")]
-    open_log = _postgres(given.postgres, asynchronous=given.asynchronous) if given.postgres else None
+    open_log = (
+        _postgres(given.postgres, asynchronous=given.asynchronous, carried=given.carried) if given.postgres else None
+    )
     began = time.monotonic()
     states: Counter[str] = Counter()
     bad = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from sagalog import (
     StepExists,
     UnusableBind,
 )
+from tests.proxies import Proxy
 
 HOLD = """
 import sqlite3, sys
@@ -364,73 +364,27 @@ def test_a_callers_transaction_that_lost_its_connection_can_only_be_rolled_back(
     engine.dispose()
 
 
-class Cut:
-    """A proxy to a Postgres socket that drops the server's answer to the n-th message and all after it."""
-
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self.armed = False
-        self._sockets: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            if self.armed:
-                client.close()
-                continue
-            server = socket.socket(socket.AF_UNIX)
-            server.connect(self._target)
-            self._sockets += [client, server]
-            threading.Thread(target=self._pump, args=(client, server, False), daemon=True).start()
-            threading.Thread(target=self._pump, args=(server, client, True), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
-        try:
-            while data := source.recv(65536):
-                if answers and self.armed:
-                    sink.shutdown(socket.SHUT_RDWR)
-                    return
-                sink.sendall(data)
-        except OSError:
-            pass
-
-    def close(self) -> None:
-        self._listener.close()
-        for each in self._sockets:
-            each.close()
-
-
 def test_a_write_whose_answer_was_lost_is_told_as_unknown_and_can_be_repeated(postgres_url: str) -> None:
-    url = make_url(postgres_url)
-    folder = url.query.get("host") or url.host
-    if not folder or not str(folder).startswith("/"):
-        pytest.skip("the server given has no local socket")
-    proxy = Cut(f"{folder}/.s.PGSQL.{url.port or 5432}")
-    through = create_engine(url.set(host="127.0.0.1", port=proxy.port, query={"sslmode": "disable"}))
+    proxy = Proxy(postgres_url)
+    through = create_engine(proxy.url)
     direct = create_engine(postgres_url)
     log = SagaLog(through)
     log.start_saga(1, "s", {"a": 1})
-    proxy.armed = True
+    proxy.cuts_answers = True
     with pytest.raises(LogUnavailable) as lost:
         log.start_step(1, 0, "c", {"b": 2})
     assert lost.value.unknown
     assert "not known" in str(lost.value)
-    proxy.armed = False
+    proxy.cuts_answers = False
     with pytest.raises(StepExists) as exists:
         log.start_step(1, 0, "c", {"b": 2})
     assert exists.value.identical
     log.finish_step(1, 0, [])
-    proxy.armed = True
+    proxy.cuts_answers = True
     with pytest.raises(LogUnavailable) as ended:
         log.terminate(1, SagaOutcome.completed())
     assert (ended.value.saga_id, ended.value.unknown) == (1, True)
-    proxy.armed = False
+    proxy.cuts_answers = False
     log.terminate(1, SagaOutcome.completed())
     assert SagaLog(direct).get(1).state == "completed"
     through.dispose()

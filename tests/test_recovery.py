@@ -18,7 +18,7 @@ from sagalog import (
     StepRejected,
     WrongEnvironment,
 )
-from tests.coordinating import Charge, Killed, Order, Refund, Reserve, Shop, Stage
+from tests.coordinating import ON_POSTGRES, Charge, Killed, Order, Refund, Reserve, Shop, Stage, row_held
 
 NO_WAIT = Retry(attempts=1, initial=0)
 
@@ -66,6 +66,17 @@ def test_what_stops_a_process_undoes_nothing_and_recovery_does(stage: Stage) -> 
     record = stage.log.get(saga_id)
     assert (record.state, record.recoveries, record.epoch) == ("compensated", 1, 2)
     assert recoverer(stage).recover().resolved == 0
+
+
+@pytest.mark.parametrize("stage", ON_POSTGRES, indirect=True)
+def test_a_saga_whose_row_another_transaction_holds_is_left_and_the_others_are_recovered(stage: Stage) -> None:
+    Shop(stage.bus)
+    held, free = left_behind(stage), left_behind(stage)
+    with row_held(stage.url, held):
+        report = recoverer(stage).recover()
+    assert (report.compensated, report.errors) == ([free], {})
+    assert [(left.saga_id, left.reason) for left in report.left] == [(held, "another transaction holds its row")]
+    assert recoverer(stage).recover().compensated == [held]
 
 
 def test_recovery_keeps_the_reason_of_an_unwinding_that_was_cut_off(stage: Stage) -> None:

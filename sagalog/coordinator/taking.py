@@ -13,12 +13,10 @@ from sagalog.coordinator.effects import Write
 from sagalog.coordinator.recover import Left, Recovery, RecoveryReport, finish_claimed, forward_or_back
 from sagalog.coordinator.run import Run
 from sagalog.coordinator.saga import execute
-from sagalog.errors import (
-    LeaseLost,
-    PayloadError,
-)
+from sagalog.errors import LeaseLost, LogUnavailable, PayloadError
 from sagalog.log import claiming, owning, reading, reopening
 from sagalog.log.claiming import Candidate
+from sagalog.log.faults import LOCK_HELD
 from sagalog.log.fencing import Fence
 from sagalog.moments import now_ms
 
@@ -129,6 +127,9 @@ class TakingCore(Core):
         except LeaseLost:
             return 0
         except Exception as error:
+            if isinstance(error, LogUnavailable) and error.found == LOCK_HELD:
+                report.left.append(Left(seen.saga_id, seen.name, "another transaction holds its row"))
+                return 0
             report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
             self._pauses[seen.saga_id] = now_ms() + min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(seen.recoveries, 16))
             return 1

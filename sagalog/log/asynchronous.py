@@ -98,16 +98,39 @@ class GreenletBind:
         await greenlet_spawn(self._bind.close)
 
 
-class _Waiting:
-    """A task's write, and the future on which the task waits for it."""
+class Waiting:
+    """A task's write that somebody else carries.
 
-    __slots__ = ("decided", "future", "loop", "ticket")
+    Attributes:
+        ticket: The operation, and its outcome.
+        loop: The task's.
+        decided: Whether the task was told.
+    """
+
+    __slots__ = ("_future", "decided", "loop", "ticket")
 
     def __init__(self, operation: Operation[Any], loop: asyncio.AbstractEventLoop) -> None:
         self.ticket: Ticket[Any] = Ticket(operation)
         self.loop = loop
-        self.future = loop.create_future()
+        self._future = loop.create_future()
         self.decided = False
+
+    async def decision(self) -> None:
+        """Wait until the task is told; a cancellation is let through only then."""
+        try:
+            await self._future
+        except asyncio.CancelledError:
+            while not self.decided:
+                self._future = self.loop.create_future()
+                with suppress(asyncio.CancelledError):
+                    await self._future
+            raise
+
+    def tell(self) -> None:
+        """Wake the task, in its loop."""
+        self.decided = True
+        if not self._future.done():
+            self._future.set_result(None)
 
 
 class ThreadBind:
@@ -120,7 +143,7 @@ class ThreadBind:
     def __init__(self, file: FileBind) -> None:
         self._file = file
         self._waits_for_no_disk = file.path is None or file.durability == "normal"
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._calls: SimpleQueue[str] = SimpleQueue()
         self._called = False
         self._worker: threading.Thread | None = None
@@ -147,7 +170,7 @@ class ThreadBind:
             written = self._file.try_now(operation)
             if written is not None:
                 return written.outcome()  # type: ignore[no-any-return]
-        waiting = _Waiting(operation, asyncio.get_running_loop())
+        waiting = Waiting(operation, asyncio.get_running_loop())
         with self._lock:
             self._waiting.append(waiting)
             call, self._called = not self._called, True
@@ -157,14 +180,7 @@ class ThreadBind:
                 call = True
         if call:
             self._calls.put("write")
-        try:
-            await waiting.future
-        except asyncio.CancelledError:
-            while not waiting.decided:
-                waiting.future = waiting.loop.create_future()
-                with suppress(asyncio.CancelledError):
-                    await waiting.future
-            raise
+        await waiting.decision()
         value: R = waiting.ticket.outcome()
         return value
 
@@ -224,11 +240,9 @@ class ThreadBind:
         self._unit_thread.shutdown(wait=False)
 
 
-def _wake(batch: list[_Waiting]) -> None:
+def _wake(batch: list[Waiting]) -> None:
     for waiting in batch:
-        waiting.decided = True
-        if not waiting.future.done():
-            waiting.future.set_result(None)
+        waiting.tell()
 
 
 class _AsyncHeldFile:

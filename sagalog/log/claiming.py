@@ -65,12 +65,16 @@ def unowned(limit: int) -> Operation[list[tuple[int, str]]]:
 
 
 def claim(seen: Candidate, executor_id: str, *, adopt: bool) -> Operation[bool]:
-    """Take a saga over, unless somebody else did: one compare-and-set, which raises the epoch."""
+    """Take a saga over, unless somebody else did: one compare-and-set, which raises the epoch.
+
+    Raises:
+        LogUnavailable: Another transaction holds the saga's row: a stopped process does for as long as it is stopped.
+    """
     token = new_token()
 
     def run(db: Database) -> bool:
         values = {"id_": seen.saga_id, "epoch_": seen.epoch, "executor_": executor_id, "token_": token}
-        return db.write(db.sql.executors.claim(adopt), values) == 1
+        return db.write_unless_locked(db.sql.executors.claim(adopt), values) == 1
 
     return Call("claim", Kind.WRITE, run, seen.saga_id)
 
@@ -89,7 +93,7 @@ def claim_submitted(seen: Candidate, executor_id: str, deadline_at: int | None) 
 
     def run(db: Database) -> bool:
         values = {"id_": seen.saga_id, "epoch_": seen.epoch, "executor_": executor_id, "deadline_": deadline_at}
-        return db.write(db.sql.executors.claim_submitted, values) == 1
+        return db.write_unless_locked(db.sql.executors.claim_submitted, values) == 1
 
     return Call("claim", Kind.WRITE, run, seen.saga_id)
 

@@ -145,6 +145,13 @@ class Database(Protocol):
         """
         ...
 
+    def write_unless_locked(self, statement: Statement, values: dict[str, Any]) -> int:
+        """Run a guarded write that gives up when another transaction holds the row for longer than a second.
+
+        On Postgres, and where the transaction is the log's own; on SQLite nothing locks rows.
+        """
+        ...
+
     def fetch(self, statement: Statement, **values: Any) -> Rows:
         """Run a statement that returns rows; all of them."""
         ...
@@ -173,6 +180,10 @@ class CoreDatabase:
         """See `Database`."""
         if self.on_postgres:
             _lock_saga(self, values["id_"], asked)
+        return self.write(statement, values)
+
+    def write_unless_locked(self, statement: Statement, values: dict[str, Any]) -> int:
+        """See `Database`."""
         return self.write(statement, values)
 
     def fetch(self, statement: Statement, **values: Any) -> Rows:
@@ -206,6 +217,10 @@ class CursorDatabase:
         return changed
 
     def write_locked(self, statement: Statement, values: dict[str, Any], asked: str) -> int:
+        """See `Database`."""
+        return self.write(statement, values)
+
+    def write_unless_locked(self, statement: Statement, values: dict[str, Any]) -> int:
         """See `Database`."""
         return self.write(statement, values)
 
@@ -273,10 +288,17 @@ class AutocommitDatabase(PostgresCursorDatabase):
     def write_locked(self, statement: Statement, values: dict[str, Any], asked: str) -> int:
         """See `Database`."""
         text, order = self.sql.lock_saga.ready(self._dialect)
+        return self._write_after(text, order(values), statement, values)
+
+    def write_unless_locked(self, statement: Statement, values: dict[str, Any]) -> int:
+        """See `Database`."""
+        return self._write_after("SET LOCAL lock_timeout = 1000", None, statement, values)
+
+    def _write_after(self, first: str, given: Any, statement: Statement, values: dict[str, Any]) -> int:
         spare = self._spare
         with self._in_one_round_trip():
             spare.execute(BEGIN)
-            spare.execute(text, order(values))
+            spare.execute(first, given)
             self._send(statement, values)
             spare.execute("COMMIT")
         return self._changed()

@@ -44,6 +44,7 @@ from sagalog.log.statements import Statements
 from sagalog.schema import Found
 
 R = TypeVar("R")
+A = TypeVar("A")
 
 
 class EngineBind:
@@ -111,22 +112,33 @@ class EngineBind:
         except Exception as error:
             self._raise(error, operation, committing=False)
 
-    def perform(self, operation: Operation[R]) -> R:
-        """Run one operation; it is durable when this returns."""
+    @property
+    def ready(self) -> bool:
+        """Whether nothing has to be looked at before an operation."""
+        return not self._closed and self._sql.placement in self._verified
+
+    def perform(self, operation: Operation[R], lost: Exception | None = None) -> R:
+        """Run one operation; it is durable when this returns.
+
+        Args:
+            operation: What to run.
+            lost: How the connection broke on which it was tried before, with others.
+        """
         self._admit(operation)
         if self._on_sqlite:
             return self._on_sqlite_cursor(operation)
-        try:
-            return self._on_postgres(operation)
-        except Exception as error:
-            lost = error
+        if lost is None:
+            try:
+                return self.on_connection(self._run, operation)
+            except Exception as error:
+                lost = error
         if operation.kind.several or not is_disconnect(lost):
             raise self._told(lost, operation, committing=was_sent(lost) and not operation.kind.reads)
         # Once more, on a fresh connection: updates are idempotent, and an insert that is refused now may have been the
         # lost one. Outside the except block, for the lost error's text quotes parameters.
         unknown = was_sent(lost) and not operation.kind.reads
         try:
-            return self._on_postgres(operation)
+            return self.on_connection(self._run, operation)
         except (SagaExists, StepExists):
             pass
         except Exception as error:
@@ -144,35 +156,30 @@ class EngineBind:
     def _raise(self, error: BaseException, operation: Operation[Any], *, committing: bool) -> NoReturn:
         raise self._told(error, operation, committing=committing)
 
-    def _on_postgres(self, operation: Operation[R]) -> R:
-        # On the driver's cursor, in autocommit: one statement is one round trip, and Core's way there costs twice that.
+    def on_connection(self, work: Callable[[PoolProxiedConnection, Any, A], R], given: A) -> R:
+        """Work on a Postgres connection of the pool's, in autocommit.
+
+        Args:
+            work: Is called with the connection, the driver's, and `given`.
+            given: What to work on.
+
+        Raises:
+            DBAPIError: The driver's error; the connection is given up.
+        """
         dialect = self._engine.dialect
         try:
             connected = self._engine.raw_connection()
         except dialect.loaded_dbapi.Error as error:
             raise OperationalError(None, None, error, hide_parameters=True) from error
         driver: Any = connected.dbapi_connection
-        transacting = operation.kind.several
         refusal: SagaLogError | None = None
         try:
             was_autocommit = driver.autocommit
             driver.autocommit = True
-            kept = not operation.kind.reads  # whose rows would stay in memory with the cursor
-            cursors = _kept_cursors(connected) if kept else (connected.cursor(),)
-            cursor = cursors[0]
             try:
-                if transacting:
-                    cursor.execute(BEGIN)
-                    result = operation.run(PostgresCursorDatabase(cursor, self._sql, dialect))
-                    cursor.execute("COMMIT")
-                else:
-                    result = operation.run(AutocommitDatabase(cursor, self._sql, dialect, driver, cursors[-1]))
+                result = work(connected, driver, given)
             except SagaLogError as error:
-                if transacting:
-                    cursor.execute("ROLLBACK")
                 refusal = error
-            if not kept:
-                cursor.close()
             driver.autocommit = was_autocommit
         except Exception as error:
             lost = dialect.is_disconnect(error, driver, None)  # type: ignore[arg-type]
@@ -190,6 +197,27 @@ class EngineBind:
             self._close_returned()
         if refusal is not None:
             raise refusal
+        return result
+
+    def _run(self, connected: PoolProxiedConnection, driver: Any, operation: Operation[R]) -> R:
+        # On the driver's cursor: one statement is one round trip, and Core's way there costs twice that.
+        dialect = self._engine.dialect
+        kept = not operation.kind.reads  # whose rows would stay in memory with the cursor
+        cursors = _kept_cursors(connected) if kept else (connected.cursor(),)
+        cursor = cursors[0]
+        if not operation.kind.several:
+            try:
+                return operation.run(AutocommitDatabase(cursor, self._sql, dialect, driver, cursors[-1]))
+            finally:
+                if not kept:
+                    cursor.close()
+        cursor.execute(BEGIN)
+        try:
+            result = operation.run(PostgresCursorDatabase(cursor, self._sql, dialect))
+        except SagaLogError:
+            cursor.execute("ROLLBACK")
+            raise
+        cursor.execute("COMMIT")
         return result
 
     def _on_sqlite_cursor(self, operation: Operation[R]) -> R:

@@ -245,9 +245,10 @@ class AsyncSagaLog:
     _bind: AsyncBind
 
     def __init__(self, bind: AsyncTarget, *, schema: str | None = None, prefix: str = "") -> None:
-        from sagalog.log.asynchronous import GreenletBind, sleep_in_greenlet
+        from sagalog.log.asynchronous import sleep_in_greenlet
+        from sagalog.log.sharing import awaited
 
-        self._bind = GreenletBind(sync_bind(sync_counterpart(bind), Placement(schema, prefix), sleep_in_greenlet))
+        self._bind = awaited(sync_bind(sync_counterpart(bind), Placement(schema, prefix), sleep_in_greenlet))
 
     @classmethod
     def _over(cls, bind: AsyncBind) -> AsyncSagaLog:
@@ -262,7 +263,7 @@ class AsyncSagaLog:
         """See `SagaLog.open`. A file's writes run in one thread, which commits for all tasks that wait."""
         import asyncio
 
-        from sagalog.log.asynchronous import GreenletBind, ThreadBind, sleep_in_greenlet
+        from sagalog.log.asynchronous import ThreadBind, sleep_in_greenlet
 
         path, url = located(path_or_url)
         if path is not None:
@@ -270,6 +271,8 @@ class AsyncSagaLog:
             return cls._over(ThreadBind(await asyncio.to_thread(opening)))
         assert url is not None
         from sqlalchemy.ext.asyncio import create_async_engine
+
+        from sagalog.log.sharing import awaited
 
         engine = create_async_engine(url)
         try:
@@ -280,7 +283,7 @@ class AsyncSagaLog:
             await engine.dispose()
             raise
         bind = EngineBind(engine.sync_engine, statements_at(Placement()), owned=True, sleep=sleep_in_greenlet)
-        return cls._over(GreenletBind(bind))
+        return cls._over(awaited(bind))
 
     @classmethod
     async def open_in_memory(cls) -> AsyncSagaLog:

@@ -24,6 +24,7 @@ from sagalog.schema import HEAD
 
 SQLITE_BUSY = 5
 SQLITE_IOERR = 10
+LOCK_HELD = "55P03"
 
 _SQLITE = {
     5: ("another writer holds the database's lock", "Repeat it; see who holds a transaction open."),
@@ -38,7 +39,7 @@ _SQLITE = {
 _POSTGRES = {
     "40001": ("it conflicts with a concurrent transaction", "Roll back, and do the whole transaction again."),
     "40P01": ("the server broke a deadlock", "Roll back, and do the whole transaction again."),
-    "55P03": ("another transaction holds the lock", "Repeat it."),
+    LOCK_HELD: ("another transaction holds the lock", "Repeat it."),
     "57014": ("the server cancelled the statement (a timeout)", "Repeat it."),
     "25006": ("the transaction is read-only", "Use a read-write connection to the primary."),
     "25P02": ("the transaction had failed before", "Roll back, and do the whole transaction again."),
@@ -84,7 +85,7 @@ def is_transient(error: BaseException) -> bool:
     return is_fault(error) and (
         is_disconnect(error)
         or sqlite_code(error) in (SQLITE_BUSY, 6, SQLITE_IOERR, 13)
-        or _sqlstate(driver_error(error)) in ("40001", "40P01", "55P03", "53300")
+        or _sqlstate(driver_error(error)) in ("40001", "40P01", LOCK_HELD, "53300")
     )
 
 
