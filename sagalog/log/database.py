@@ -9,14 +9,14 @@ a bind's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.engine import Dialect
 
-from sagalog.errors import UnusableBind
+from sagalog.errors import SagaLogError, UnusableBind
 from sagalog.log.statements import Statement, Statements
 from sagalog.moments import now_ms
 
@@ -302,6 +302,18 @@ class AutocommitDatabase(PostgresCursorDatabase):
             self._send(statement, values)
             spare.execute("COMMIT")
         return self._changed()
+
+    @contextmanager
+    def transaction(self) -> Iterator[PostgresCursorDatabase]:
+        """Several statements, all or none; a refusal undoes them."""
+        cursor = self._cursor
+        cursor.execute(BEGIN)
+        try:
+            yield PostgresCursorDatabase(cursor, self.sql, self._dialect)
+        except SagaLogError:
+            cursor.execute("ROLLBACK")
+            raise
+        cursor.execute("COMMIT")
 
     def _in_one_round_trip(self) -> AbstractContextManager[Any]:
         pipeline = getattr(self._connection, "pipeline", None)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy import Engine, PoolProxiedConnection
@@ -28,7 +28,6 @@ from sagalog.log.bind import (
     verify_once,
 )
 from sagalog.log.database import (
-    BEGIN,
     AutocommitDatabase,
     Call,
     CoreDatabase,
@@ -36,7 +35,6 @@ from sagalog.log.database import (
     Database,
     Kind,
     Operation,
-    PostgresCursorDatabase,
 )
 from sagalog.log.faults import SQLITE_IOERR, driver_error, is_disconnect, is_fault, sqlite_code, translate, was_sent
 from sagalog.log.forking import leave_to_parent, tell_no_more, tell_of_forks
@@ -201,24 +199,24 @@ class EngineBind:
 
     def _run(self, connected: PoolProxiedConnection, driver: Any, operation: Operation[R]) -> R:
         # On the driver's cursor: one statement is one round trip, and Core's way there costs twice that.
-        dialect = self._engine.dialect
-        kept = not operation.kind.reads  # whose rows would stay in memory with the cursor
-        cursors = _kept_cursors(connected) if kept else (connected.cursor(),)
-        cursor = cursors[0]
-        if not operation.kind.several:
-            try:
-                return operation.run(AutocommitDatabase(cursor, self._sql, dialect, driver, cursors[-1]))
-            finally:
-                if not kept:
-                    cursor.close()
-        cursor.execute(BEGIN)
-        try:
-            result = operation.run(PostgresCursorDatabase(cursor, self._sql, dialect))
-        except SagaLogError:
-            cursor.execute("ROLLBACK")
-            raise
-        cursor.execute("COMMIT")
-        return result
+        kind = operation.kind
+        if kind.reads:  # on a cursor of its own, that keeps no rows in memory
+            with closing(connected.cursor()) as cursor:
+                return operation.run(AutocommitDatabase(cursor, self._sql, self._engine.dialect, driver, cursor))
+        database = self._database(connected, driver)
+        if not kind.several:
+            return operation.run(database)
+        with database.transaction() as begun:
+            return operation.run(begun)
+
+    def _database(self, connected: PoolProxiedConnection, driver: Any) -> AutocommitDatabase:
+        """What stays with a pool's connection: to make a cursor costs as much as a checkout."""
+        kept: AutocommitDatabase | None = connected.info.get(self._sql)
+        if kept is None:
+            cursor, spare = connected.cursor(), connected.cursor()
+            kept = AutocommitDatabase(cursor, self._sql, self._engine.dialect, driver, spare)
+            connected.info[self._sql] = kept
+        return kept
 
     def _on_sqlite_cursor(self, operation: Operation[R]) -> R:
         with self._sqlite(operation, writing=not operation.kind.reads) as database:
@@ -286,17 +284,6 @@ class EngineBind:
         """New connections; the old ones are the parent's, and stay open."""
         leave_to_parent(self._engine.pool)
         self._engine.dispose(close=False)
-
-
-def _kept_cursors(connected: PoolProxiedConnection) -> tuple[Any, ...]:
-    """Two cursors that stay with a pool's connection: to make one costs as much as a checkout."""
-    kept: tuple[Any, ...] | None = connected.info.get(_CURSORS)
-    if kept is None:
-        kept = connected.info[_CURSORS] = (connected.cursor(), connected.cursor())
-    return kept
-
-
-_CURSORS = "sagalog_cursors"
 
 
 class _HeldBind:
