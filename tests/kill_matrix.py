@@ -2,7 +2,7 @@
 
 A slice of it runs in `test_kills.py`; all of it by::
 
-    python -m tests.kill_matrix [--postgres URL] [--only kills,zombies,recoverers,keys] [--cases N]
+    python -m tests.kill_matrix [--postgres URL] [--only kills,zombies,recoverers,keys,tasks] [--cases N]
 
 A failing case prints its world, its scenario and its stops, with which it is replayed:
 ``python -m tests.kill_matrix --world sqlite-full --scenario "2,after,1,resume,stop,True" --stops 7``.
@@ -28,9 +28,11 @@ from sagalog import SagaLog, SagaRecord
 from sagalog.testing import Crash
 from tests.crash_matrix import Scenario, scenarios
 from tests.many_processes import keys_together, recovered_together
+from tests.many_tasks import tasks_killed, tasks_woken
 from tests.processes import Child, FileOutside, FileShop, Life, Strike, World, records, time_passes
 
 _RECOVERIES = 2
+_TASKS = 16
 
 
 @dataclass
@@ -296,6 +298,21 @@ def every_zombie(world: World, most: int) -> int:
     return tally.close()
 
 
+def every_statement(title: str, struck_at: Callable[[int], tuple[bool, list[str]]], stride: int = 1) -> int:
+    """Strike at each statement, or every n-th, in order, until there are no more."""
+    tally = Tally(title)
+    for at in itertools.count(0, stride):
+        struck, problems = struck_at(at)
+        tally.hits += struck
+        tally.states["struck" if struck else "not struck"] += 1
+        if problems:
+            tally.bad += 1
+            print(f"{title} at statement {at}: {problems}", flush=True)  # noqa: T201
+        if not struck:
+            return tally.close()
+    raise AssertionError
+
+
 def _spread(all_of_them: list[Scenario]) -> list[Scenario]:
     """In an order that is always the same, and whose first few are of all kinds."""
     stride = next(n for n in (37, 41, 43) if len(all_of_them) % n)  # a prime that divides it not: each comes once
@@ -323,7 +340,7 @@ def _replay(world: World, words: str, stops: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--postgres", metavar="URL", help="of an empty database; a server is started if none is given")
-    parser.add_argument("--only", default="kills,zombies,recoverers,keys")
+    parser.add_argument("--only", default="kills,zombies,recoverers,keys,tasks")
     parser.add_argument("--cases", type=int, default=1000, help="how many processes are killed in each database")
     parser.add_argument("--sagas", type=int, default=1000, help="how many are interrupted and recovered")
     parser.add_argument("--world", help="only this one: sqlite-full, sqlite-normal, postgres")
@@ -346,6 +363,12 @@ def main() -> int:
             for processes in (2, 4, 8) if "recoverers" in parts else ():
                 title = f"{processes} processes recover {given.sagas} sagas, {world.name}"
                 bad += _timed(title, partial(recovered_together, world, given.sagas, processes))
+            if "tasks" in parts:
+                bad += every_statement(f"{_TASKS} tasks killed, {world.name}", partial(tasks_killed, world, _TASKS))
+                if world.url is not None:  # on SQLite one that is stopped in a transaction locks the file
+                    stopped = partial(tasks_woken, world, _TASKS)
+                    # Of a transaction that stands still the server makes an end, after five seconds: not each of them.
+                    bad += every_statement(f"{_TASKS} tasks stopped and woken, {world.name}", stopped, 5)
             if "keys" in parts:
                 title = f"8 processes run {given.sagas // 2} keys, {world.name}"
                 bad += _timed(title, partial(keys_together, world, given.sagas // 2, 8))

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import traceback
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,19 @@ POINTS = 6 * STEPS + 2
 """A saga can be interrupted at so many: after its start, around each write and call, before its end."""
 
 
-def build(log: SagaLog, ledger: Path) -> tuple[SagaCoordinator, Any]:
-    """A coordinator, and a saga whose handlers note each call; the outside knows no keys, so that nothing is hidden."""
-    bus = CommandBus()
+def noting(ledger: Path) -> Callable[[str, str], None]:
+    """Writes a line of a verb and a key."""
     account = os.open(ledger, os.O_WRONLY | os.O_APPEND)
 
     def note(verb: str, key: str) -> None:
         os.write(account, f"{verb} {key} {os.getpid()}\n".encode())
+
+    return note
+
+
+def many_bus(note: Callable[[str, str], None]) -> CommandBus:
+    """Handlers that note each call; the outside knows no keys, so that nothing is hidden."""
+    bus = CommandBus()
 
     @bus.handler(on_unknown="compensate")
     def do(cmd: Do, step: StepInfo) -> Done:
@@ -46,7 +52,12 @@ def build(log: SagaLog, ledger: Path) -> tuple[SagaCoordinator, Any]:
     def undone(cmd: Do, output: Done | None) -> Undo:
         return Undo(place=cmd.place)
 
-    coordinator = SagaCoordinator(log, bus)
+    return bus
+
+
+def build(log: SagaLog, ledger: Path) -> tuple[SagaCoordinator, Any]:
+    """A coordinator, and a saga of several steps."""
+    coordinator = SagaCoordinator(log, many_bus(noting(ledger)))
 
     @coordinator.saga("many")
     def many(ctx: SagaContext, number: int) -> int:
@@ -58,8 +69,8 @@ def build(log: SagaLog, ledger: Path) -> tuple[SagaCoordinator, Any]:
 
 
 def asked(ledger: Path) -> dict[str, Counter[str]]:
-    """How often each key was asked for, by verb."""
-    found = {"do": Counter[str](), "undo": Counter[str]()}
+    """How often each key was noted, by verb."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
     for line in ledger.read_text().splitlines():
         verb, key, _ = line.split()
         found[verb][key] += 1

@@ -10,6 +10,7 @@ import pytest
 from tests.crash_matrix import Scenario
 from tests.kill_matrix import kills, zombies
 from tests.many_processes import keys_together, recovered_together
+from tests.many_tasks import tasks_killed, tasks_woken
 from tests.processes import World
 
 _warm: set[str] = set()
@@ -68,3 +69,20 @@ def test_many_processes_recover_each_saga_once(world: World) -> None:
 
 def test_many_processes_run_each_key_once(world: World) -> None:
     assert keys_together(world, keys=50, processes=4) == []
+
+
+def test_a_process_killed_at_any_statement_of_its_tasks_has_lost_nothing_that_they_were_told(world: World) -> None:
+    for at in itertools.count(3, 9):
+        killed, problems = tasks_killed(world, 6, at)
+        assert (at, problems) == (at, [])
+        if not killed:
+            break
+    assert at > 40
+
+
+@pytest.mark.parametrize("world", ["postgres"], indirect=True)  # stopped in a transaction, on SQLite it locks the file
+@pytest.mark.parametrize("at", [2, 40, 61])
+def test_a_process_that_sleeps_through_the_take_over_of_its_tasks_writes_nothing_afterwards(
+    world: World, at: int
+) -> None:
+    assert tasks_woken(world, 6, at) == (True, [])
