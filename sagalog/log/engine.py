@@ -191,7 +191,8 @@ class EngineBind:
             connected.invalidate()
             raise
         finally:
-            connected.close()
+            # As Core gives it back: its transaction has ended, and a rollback would cost what a checkout does.
+            connected._close_special(transaction_reset=True)
             self._close_returned()
         if refusal is not None:
             raise refusal
