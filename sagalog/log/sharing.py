@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextvars import Context
 from functools import cache
 from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
@@ -118,7 +119,8 @@ class SharingBind(GreenletBind):
         waiting = _Carried(operation, loop)
         queue.waiting.append(waiting)
         if queue.leader is None:
-            queue.leader = loop.create_task(self._lead(queue), name="sagalog-writer")
+            # In no task's context: a hook of the host's at its connections would take all writes for that task's.
+            queue.leader = loop.create_task(self._lead(queue), name="sagalog-writer", context=Context())
         await waiting.decision()
         if waiting.alone:
             return await decided(greenlet_spawn(self._bind.perform, operation, waiting.lost))
