@@ -25,6 +25,7 @@ from sagalog import (
     SagaRecord,
     StepInfo,
 )
+from tests.coordinating import row_held
 from tests.processes import LONGEST, Child, Life, records
 
 
@@ -192,6 +193,23 @@ def test_a_lease_is_kept_while_a_handler_runs_longer_than_it(stage: Stage, pool:
         stage.let_go.set()
         assert running.result(LONGEST) == "held"
         assert [(saga.state, saga.recoveries) for saga in records(log)] == [("completed", 0)]
+
+
+def test_a_lease_is_kept_while_another_transaction_holds_the_row_of_a_saga_that_is_to_be_given_up(
+    postgres_url: str, pool: ThreadPoolExecutor
+) -> None:
+    stage = Stage(postgres_url)
+    with stage.open() as log, stage.coordinator(log, timeout=0.3, lease=3.0) as coordinator:
+        running = pool.submit(held, coordinator)
+        assert stage.entered.wait(LONGEST)
+        lease = f"SELECT lease_until FROM saga_executor WHERE executor_id = '{coordinator.executor_id}'"
+        with row_held(postgres_url, 1):
+            [(began,)] = stage.sql(lease)
+            until(lambda: stage.sql(lease)[0][0] > began + 3000)
+            assert stage.sql("SELECT epoch FROM saga") == [(1,)]
+        until(lambda: stage.sql("SELECT epoch FROM saga") == [(2,)])
+        stage.let_go.set()
+        assert isinstance(running.exception(LONGEST), LeaseLost)
 
 
 def test_a_lease_that_ran_out_is_renewed_late_and_keeps_what_nobody_took(

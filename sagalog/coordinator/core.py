@@ -25,6 +25,7 @@ from sagalog.errors import (
 )
 from sagalog.log import claiming, owning, reading
 from sagalog.log.database import Operation
+from sagalog.log.faults import LOCK_HELD
 from sagalog.log.fencing import Fence
 from sagalog.log.sagas import Drawn, new_token
 from sagalog.moments import now_ms, to_ms
@@ -142,8 +143,9 @@ class Core:
         """Whether a claim of this process won."""
         try:
             return await self._taking(Write(claim), lambda won: fence if won else None)
-        except LogUnavailable:
-            self.executor.strand(fence)  # it may be this process's all the same
+        except LogUnavailable as error:
+            if error.found != LOCK_HELD:
+                self.executor.strand(fence)  # it may be this process's all the same
             raise
 
     async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:

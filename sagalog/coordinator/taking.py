@@ -16,6 +16,7 @@ from sagalog.coordinator.saga import execute
 from sagalog.errors import LeaseLost, LogUnavailable, PayloadError
 from sagalog.log import claiming, owning, reading, reopening
 from sagalog.log.claiming import Candidate
+from sagalog.log.database import Operation
 from sagalog.log.faults import LOCK_HELD
 from sagalog.log.fencing import Fence
 from sagalog.moments import now_ms
@@ -121,15 +122,15 @@ class TakingCore(Core):
         recovery = Recovery(self.policy, self.definitions, self.on_crash, self.max_recoveries, executor_id)
         fence = Fence(seen.saga_id, seen.epoch + 1)
         try:
-            if not await self.claimed(claiming.claim(seen, executor_id, adopt=adopt), fence):
+            won = await self._wins(claiming.claim(seen, executor_id, adopt=adopt), fence)
+            if won is None:
+                report.left.append(Left(seen.saga_id, seen.name, "another transaction holds its row"))
+            if not won:
                 return 0
             end = await self.owning(fence, finish_claimed, recovery, fence)
         except LeaseLost:
             return 0
         except Exception as error:
-            if isinstance(error, LogUnavailable) and error.found == LOCK_HELD:
-                report.left.append(Left(seen.saga_id, seen.name, "another transaction holds its row"))
-                return 0
             report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
             self._pauses[seen.saga_id] = now_ms() + min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(seen.recoveries, 16))
             return 1
@@ -142,6 +143,15 @@ class TakingCore(Core):
             self._pauses[seen.saga_id] = now_ms() + _LONGEST_PAUSE_MS
         report.add(seen.saga_id, seen.name, end)
         return 1
+
+    async def _wins(self, claim: Operation[bool], fence: Fence) -> bool | None:
+        """Whether a claim won; None if another transaction holds the saga's row."""
+        try:
+            return await self.claimed(claim, fence)
+        except LogUnavailable as error:
+            if error.found != LOCK_HELD:
+                raise
+            return None
 
     async def find_work(self, free: int, busy: set[int]) -> list[Job]:
         """At most `free` sagas that a worker could start or take over now; others may be faster."""
@@ -186,7 +196,7 @@ class TakingCore(Core):
         deadline = deadline_of(definition)
         fence = Fence(seen.saga_id, seen.epoch + 1)
         claim = claiming.claim_submitted(seen, self.executor.executor_id, deadline)
-        if not await self.claimed(claim, fence):
+        if not await self._wins(claim, fence):
             return None
         return await self.owning(fence, self._run_claimed, fence, definition, deadline)
 

@@ -148,7 +148,8 @@ class Database(Protocol):
     def write_unless_locked(self, statement: Statement, values: dict[str, Any]) -> int:
         """Run a guarded write that gives up when another transaction holds the row for longer than a second.
 
-        On Postgres, and where the transaction is the log's own; on SQLite nothing locks rows.
+        Of claims, for the sagas after it, and of the lease's thread, for the lease. On Postgres, and where the
+        transaction is the log's own; on SQLite nothing locks rows.
         """
         ...
 
@@ -262,6 +263,11 @@ class PostgresCursorDatabase(CursorDatabase):
         _lock_saga(self, values["id_"], asked)
         return self.write(statement, values)
 
+    def write_unless_locked(self, statement: Statement, values: dict[str, Any]) -> int:
+        """See `Database`."""
+        self._cursor.execute(LOCK_TIMEOUT)
+        return self.write(statement, values)
+
     def fetch(self, statement: Statement, **values: Any) -> Rows:
         """See `Database`."""
         self._send(statement, values)
@@ -292,7 +298,7 @@ class AutocommitDatabase(PostgresCursorDatabase):
 
     def write_unless_locked(self, statement: Statement, values: dict[str, Any]) -> int:
         """See `Database`."""
-        return self._write_after("SET LOCAL lock_timeout = 1000", None, statement, values)
+        return self._write_after(LOCK_TIMEOUT, None, statement, values)
 
     def _write_after(self, first: str, given: Any, statement: Statement, values: dict[str, Any]) -> int:
         spare = self._spare
@@ -324,6 +330,8 @@ class AutocommitDatabase(PostgresCursorDatabase):
         return piped
 
 
+LOCK_TIMEOUT = "SET LOCAL lock_timeout = 1000"
+"""In milliseconds, for the rest of a transaction."""
 BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
 

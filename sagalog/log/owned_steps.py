@@ -107,8 +107,24 @@ def mark_step_compensated(fence: Fence, step_index: int) -> Operation[None]:
     return MarkStepCompensated(fence.saga_id, step_index).owned_by(fence)
 
 
-def note_doubt(db: Database, fence: Fence, step_index: int, error: str | None, deadline_at: int) -> None:
-    """Write at a pending step what was raised, and until when a try of it may be under way."""
+def note_doubt(
+    db: Database,
+    fence: Fence,
+    step_index: int,
+    error: str | None,
+    deadline_at: int,
+    write: Callable[[Statement, dict[str, Any]], int] | None = None,
+) -> None:
+    """Write at a pending step what was raised, and until when a try of it may be under way.
+
+    Args:
+        db: The database.
+        fence: The owner.
+        step_index: The step.
+        error: What was raised; None leaves what is there.
+        deadline_at: Unix milliseconds.
+        write: The database's, if not the one that waits for locks.
+    """
     values = {
         "id_": fence.saga_id,
         "index_": step_index,
@@ -116,7 +132,7 @@ def note_doubt(db: Database, fence: Fence, step_index: int, error: str | None, d
         "error_": error,
         "deadline_": deadline_at,
     }
-    if db.write(db.sql.owned.note_doubt, values) != 1:
+    if (write or db.write)(db.sql.owned.note_doubt, values) != 1:
         raise_refused(db, "doubt_step", fence, step_index, StepState.PENDING)
 
 

@@ -138,7 +138,7 @@ def release(fence: Fence, executor_id: str, *, counted: bool) -> Operation[None]
 
     def run(db: Database) -> None:
         values = {"id_": fence.saga_id, "epoch_": fence.epoch, "executor_": executor_id}
-        db.write(db.sql.owned.release, {**values, "given_": 0 if counted else 1})
+        db.write_unless_locked(db.sql.owned.release, {**values, "given_": 0 if counted else 1})
 
     return Call("release", Kind.WRITE, run, fence.saga_id)
 
@@ -165,8 +165,8 @@ def give_up(fence: Fence, step_index: int | None = None, error: str = "", deadli
 
     def run(db: Database) -> None:
         if step_index is not None:
-            note_doubt(db, fence, step_index, error, deadline_at)
-        db.write(db.sql.owned.give_up, {"id_": fence.saga_id, "epoch_": fence.epoch})
+            note_doubt(db, fence, step_index, error, deadline_at, db.write_unless_locked)
+        db.write_unless_locked(db.sql.owned.give_up, {"id_": fence.saga_id, "epoch_": fence.epoch})
 
     return Call("give_up", Kind.SEVERAL, run, fence.saga_id, step_index)
 

@@ -247,6 +247,10 @@ class _AskedDatabase(PostgresCursorDatabase):
         self._cursor = self._hub.switch((self._ready(self.sql.lock_saga, values), self._ready(statement, values)))
         return self._changed()
 
+    def write_unless_locked(self, statement: Statement, values: dict[str, Any]) -> int:
+        """See `Database`; what is carried waits for no lock that long."""
+        return self.write(statement, values)
+
     def _ready(self, statement: Statement, values: dict[str, Any]) -> tuple[str, Any]:
         text, order = statement.ready(self._dialect)
         return text, order(values)
