@@ -66,8 +66,14 @@ class Statement:
         """The text for a Postgres driver; compiled once for each."""
         made = self._ready.get(dialect.driver)
         if made is None:
-            made = self._ready[dialect.driver] = _ready(self.clause, dialect)
+            made = self._ready[dialect.driver] = _ready(self.clause, _positional(dialect))
         return made
+
+
+def _positional(dialect: Dialect) -> Dialect:
+    """One of the kind whose parameters have places: a driver puts named ones in order each time."""
+    kind: Any = type(dialect)
+    return dialect if dialect.positional else kind(paramstyle="format")
 
 
 def _ready(clause: Executable, dialect: Dialect) -> Ready:
@@ -75,9 +81,6 @@ def _ready(clause: Executable, dialect: Dialect) -> Ready:
     if compiled._bind_processors:
         raise TypeError(f"these values would need SQLAlchemy's processors: {sorted(compiled._bind_processors)}")
     fixed = {name: value for name, value in compiled.params.items() if value is not None}
-    if not compiled.positional:
-        names = tuple(compiled.params)
-        return str(compiled), lambda values: {name: values[name] for name in names}
     order: list[str] = compiled.positiontup
     if fixed or len(order) < 2:  # SQLite writes LIMIT as LIMIT ? OFFSET 0
         return str(compiled), lambda values: tuple({**fixed, **values}[name] for name in order)
