@@ -259,6 +259,7 @@ def test_an_upgrade_makes_a_file_that_only_its_owner_reads(tmp_path: Path) -> No
     assert path.stat().st_mode & 0o777 == 0o600
     with sqlite3.connect(path) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        assert connection.execute("PRAGMA page_size").fetchone() == (2048,)
     connection.close()
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from sqlalchemy.exc import DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sagalog import SagaLog
 from sagalog.cli.settings import Settings
 from sagalog.cli.usage import CommandError, bad_usage
+from sagalog.files import make_file
 from sagalog.urls import SECRETS, shown_url
 
 CONNECT_SECONDS = 10
@@ -98,8 +98,8 @@ def log_on(engine: Engine, settings: Settings) -> SagaLog:
     return SagaLog(engine, **settings.placement)
 
 
-def make_file(settings: Settings) -> None:
-    """For `upgrade`: make the SQLite file if it is not there, with mode 0600 and in WAL mode.
+def make_missing_file(settings: Settings) -> None:
+    """For `upgrade`: make the SQLite file if it is not there.
 
     One that is made stays, empty, if the upgrade then fails: another process may be at work on it already.
 
@@ -110,9 +110,7 @@ def make_file(settings: Settings) -> None:
     if file is None or file.exists():
         return
     try:
-        os.close(os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        with closing(sqlite3.connect(file)) as connection:
-            connection.execute("PRAGMA journal_mode = WAL").fetchall()
+        make_file(file)
     except FileExistsError:
         pass  # another process made it just now
     except (OSError, sqlite3.Error) as error:

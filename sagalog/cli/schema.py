@@ -31,13 +31,13 @@ def upgrade(
     a deploy calls: it never asks, several may run at once, and what fails leaves nothing behind.
     """
     from sagalog import migrations
-    from sagalog.cli.connect import make_file, opened_engine
+    from sagalog.cli.connect import make_missing_file, opened_engine
 
     if to == "base":
         raise bad_usage(f"upgrade leads forward; the first revision is {BASE}. `downgrade base` drops the tables.")
     settings = settings_of(context)
     form = form_of(context, as_json, output)
-    make_file(settings)
+    make_missing_file(settings)
     with opened_engine(settings, writing=True) as engine:
         before = migrations.current(engine, **settings.placement)
         migrations.upgrade(engine, to, **settings.placement)

@@ -20,8 +20,6 @@ from sagalog.log.statements import Statements
 
 Durability: TypeAlias = Literal["full", "normal"]
 _JOURNAL_LIMIT = 64 * 1024 * 1024
-_PAGE_BYTES = 2048
-"""A commit writes whole pages: with SQLite's 4096 a saga of small payloads takes a fifth longer (benchmarks/log.py)."""
 
 
 def file_uri(path: str) -> str:
@@ -30,13 +28,11 @@ def file_uri(path: str) -> str:
 
 
 def file_engine(path: str) -> Engine:
-    """An engine on the file, with a new connection each time; a file that is still empty gets the log's page size."""
+    """An engine on the file, with a new connection each time."""
     uri = file_uri(path)
 
     def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(uri, uri=True, timeout=5.0, check_same_thread=False)
-        connection.execute(f"PRAGMA page_size = {_PAGE_BYTES}").close()
-        return connection
+        return sqlite3.connect(uri, uri=True, timeout=5.0, check_same_thread=False)
 
     return create_engine("sqlite://", creator=connect, poolclass=NullPool)
 

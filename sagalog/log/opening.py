@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, scoped_session
 
 from sagalog.errors import UnusableBind
+from sagalog.files import make_file
 from sagalog.log.bind import Bind, read_found
 from sagalog.log.caller import CallerBind
 from sagalog.log.connections import Durability, file_engine
@@ -120,7 +121,7 @@ def open_file(path: str, durability: Durability, *, migrate: bool) -> FileBind:
     existing = Path(path).exists()
     if not existing and migrate:
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            make_file(path)
         except FileExistsError:
             pass  # another process created it just now
         except OSError as error:
