@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from sagalog import AsyncSagaLog, InvalidTransition, LogUnavailable, SagaLog, SagaLogError, SagaOutcome
 from sagalog.log.connections import Durability
+from tests.many_processes import together
 
 SHARED = ("sqlite-file", "sqlite-memory", "sqlite-engine", "postgres-engine")
 
@@ -423,6 +425,26 @@ def test_many_processes_write_one_file(sqlite_path: Path) -> None:
     assert [(w.communicate(timeout=120)[1], w.returncode) for w in workers] == [(b"", 0)] * 4
     with SagaLog.open(sqlite_path) as log:
         assert log.counts() == {"completed": 200}
+
+
+@pytest.mark.parametrize("existing", [False, True], ids=["new", "of a host's"])
+def test_processes_that_start_together_all_open_the_file(existing: bool, tmp_path: Path) -> None:
+    SagaLog.open(tmp_path / "warm.db").close()
+    for number in range(8):
+        path, barrier = tmp_path / f"{number}.db", get_context("fork").Barrier(6)
+        if existing:
+            with closing(sqlite3.connect(path)) as host:
+                host.execute("CREATE TABLE theirs (x)")
+
+        def ready(path: Path = path, barrier: Any = barrier) -> Callable[[], int]:
+            def start() -> int:
+                barrier.wait()
+                with SagaLog.open(path) as log:
+                    return log.create_saga("s", None)
+
+            return start
+
+        assert sorted(together([ready] * 6)) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_child_of_a_fork_goes_on_with_the_log(sqlite_path: Path) -> None:

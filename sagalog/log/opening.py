@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from sqlalchemy.orm import Session, scoped_session
 
 from sagalog.errors import UnusableBind
 from sagalog.files import make_file
-from sagalog.log.bind import Bind, read_found
+from sagalog.log.bind import Bind, read_found, retry_while_busy
 from sagalog.log.caller import CallerBind
 from sagalog.log.connections import Durability, file_engine
 from sagalog.log.database import Call, Kind, Operation
 from sagalog.log.engine import EngineBind
 from sagalog.log.faults import driver_error, translate
-from sagalog.log.file import FileBind
+from sagalog.log.file import BUSY_TIMEOUT_MS, FileBind
 from sagalog.log.statements import statements_at
 from sagalog.placement import Placement
 from sagalog.schema import HEAD, verify
@@ -129,11 +130,16 @@ def open_file(path: str, durability: Durability, *, migrate: bool) -> FileBind:
     engine = file_engine(path)
     try:
         prepare_schema(engine, migrate=migrate, name=path)
-        with engine.connect() as connection:
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL").fetchall()
+        # SQLite's own busy handler does not wait for this lock: of processes that start together some would fail.
+        retry_while_busy(lambda: _put_into_wal_mode(engine), BUSY_TIMEOUT_MS / 1000, time.sleep)
     except SQLAlchemyError as error:
         raise translate(error, _OPENING, path, committing=False) from driver_error(error)
     return FileBind(path, statements_at(Placement()), durability=durability)
+
+
+def _put_into_wal_mode(engine: Engine) -> None:
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode = WAL").fetchall()
 
 
 def open_memory() -> FileBind:
