@@ -34,6 +34,8 @@ def _strike_at(at: int | None, strike: str) -> Callable[[], int]:
 
         def counting(*args: Any, **kwargs: Any) -> Any:
             nonlocal passed
+            if strike == "stop" and _between_two_statements(args[0]):
+                return send(*args, **kwargs)
             passed += 1
             if passed - 1 == at:
                 os.kill(os.getpid(), _STRIKES[strike])
@@ -44,6 +46,14 @@ def _strike_at(at: int | None, strike: str) -> Callable[[], int]:
     counted(psycopg.AsyncCursor, "execute")
     counted(CursorDatabase, "write")
     return lambda: passed
+
+
+def _between_two_statements(cursor: Any) -> bool:
+    """Whether its transaction is open and waits for the next one: as long as it does, it holds what others wait for."""
+    from psycopg.pq import PipelineStatus, TransactionStatus
+
+    info = cursor.connection.info
+    return info.pipeline_status == PipelineStatus.OFF and info.transaction_status != TransactionStatus.IDLE
 
 
 async def _opened(world: World) -> AsyncSagaLog:
