@@ -74,7 +74,7 @@ def _life(world: World, sagas: int, at: int | None, strike: str) -> Child:
             for place in range(STEPS):
                 await ctx.dispatch(Do(place=place))
                 note("told", f"{ctx.saga_id}:{place}")
-            if number % 3 == 2:
+            if number % 3 == 2 and strike == "kill":  # an undo's transaction of two statements would stand still
                 raise ValueError("a third of them is undone")
             return number
 
