@@ -3,6 +3,9 @@
 A slice of it runs in `test_crash_points.py`; all of it by::
 
     python -m tests.crash_matrix [--again] [--postgres URL] [--asynchronous] [--steps N]
+    python -m tests.crash_matrix --varied [--steps N]      # pivots, read-only steps, side by side, by hand
+    python -m tests.crash_matrix --forgetful --unrefusing  # the outside knows no keys, and refuses nothing
+    python -m tests.crash_matrix --late --steps N          # what got no answer lands later
 
 A failing case prints its scenario and stops, with which it is replayed:
 ``python -m tests.crash_matrix --scenario "..." --only 7,3``.
@@ -12,15 +15,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
 import itertools
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
-
-from pydantic import BaseModel
 
 from sagalog import (
     AsyncSagaContext,
@@ -31,14 +32,11 @@ from sagalog import (
     SagaContext,
     SagaCoordinator,
     StepInfo,
-    StepRejected,
 )
 from sagalog.testing import Crash, crash_points
 from tests.coordinating import carry_all
-
-
-class Done(BaseModel):
-    place: int
+from tests.outside import LANDS_LATE, SETTLE, Done, Manners, Outside
+from tests.scenarios import ALL, PIVOT, READ_ONLY, UNDOABLE, Scenario, scenarios, varied
 
 
 class Do(Command[Done]):
@@ -49,207 +47,116 @@ class Undo(Command[None]):
     place: int
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """One saga and its trouble.
+class Confirm(Command[Done]):
+    """Cannot be undone."""
 
-    Attributes:
-        steps: How many.
-        trouble: "" or what goes wrong: raises (the function), rejects, before, after, timeout (the handler of step
-            `at`), undo_rejects, undo_raises (the undo of it).
-        at: The step concerned.
-        on_crash: The coordinator's.
-        on_unknown: The handlers'.
-        retried: Whether the handlers are tried again.
-    """
-
-    steps: int
-    trouble: str
-    at: int
-    on_crash: str
-    on_unknown: str
-    retried: bool
-
-    @property
-    def stays_in_doubt(self) -> bool:
-        """Whether a step of it may end in doubt, with nobody allowed to undo it."""
-        return self.on_unknown == "stop" and (not self.retried or self.trouble in ("before", "after", "timeout"))
-
-    @property
-    def cannot_be_undone(self) -> bool:
-        return self.trouble.startswith("undo_")
+    place: int
 
 
-TROUBLES = ("rejects", "before", "after", "timeout", "undo_rejects", "undo_raises")
+class Look(Command[Done]):
+    """Changes nothing."""
+
+    place: int
 
 
-def scenarios(most_steps: int = 4) -> Iterator[Scenario]:
-    """All of them."""
-    for steps in range(1, most_steps + 1):
-        troubles = [("", 0), *itertools.product(("raises", *TROUBLES), range(steps))]
-        for (trouble, at), on_crash, on_unknown, retried in itertools.product(
-            troubles, ("compensate", "resume"), ("stop", "compensate"), (False, True)
-        ):
-            yield Scenario(steps, trouble, at, on_crash, on_unknown, retried)
-
-
-@dataclass
-class Outside:
-    """The other side, which keeps its own account: what was asked, and what took effect.
-
-    It knows keys: a repetition under one key takes effect once, and what was undone is not done later.
-    """
-
-    scenario: Scenario
-    asked: list[tuple[str, int, str]] = field(default_factory=list)
-    effects: list[tuple[str, int, str]] = field(default_factory=list)
-    keys: set[str] = field(default_factory=set)
-
-    def _take_effect(self, verb: str, place: int, key: str) -> None:
-        self.asked.append((verb, place, key))
-        if key in self.keys:
-            return
-        if verb == "do" and f"{key}:undo" in self.keys:
-            raise StepRejected("it was undone already")
-        self.keys.add(key)
-        self.effects.append((verb, place, key))
-
-    def do(self, place: int, key: str) -> Done:
-        here = self.scenario.trouble if self.scenario.at == place else ""
-        if here == "rejects":
-            raise StepRejected("no")
-        if here == "before":
-            raise OSError("lost on the way there")
-        self._take_effect("do", place, key)
-        if here == "after":
-            raise OSError("lost on the way back")
-        return Done(place=place)
-
-    def undo(self, place: int, key: str) -> None:
-        here = self.scenario.trouble if self.scenario.at == place else ""
-        if here == "undo_rejects":
-            raise StepRejected("it cannot be undone")
-        if here == "undo_raises":
-            raise OSError("the undo is lost")
-        self._take_effect("undo", place, key)
-
-    # The oracle
-
-    def problems(self, crash: Crash) -> list[str]:
-        """What is wrong with how a run ended; nothing, if the promises hold."""
-        found = []
-        done = {place: index for index, (verb, place, _) in enumerate(self.effects) if verb == "do"}
-        undone = {place: index for index, (verb, place, _) in enumerate(self.effects) if verb == "undo"}
-        for verb in ("do", "undo"):
-            keys: dict[int, set[str]] = {}
-            for asked, place, key in self.asked:
-                if asked == verb:
-                    keys.setdefault(place, set()).add(key)
-            found += [
-                f"{verb} {place} was asked for under {len(held)} keys" for place, held in keys.items() if len(held) > 1
-            ]
-        saga = crash.saga
-        if saga is None:
-            return found + (["effects without a saga"] if self.effects else [])
-        if saga.state == "compensated":
-            found += [f"compensated, and {p} is done" for p, at in done.items() if undone.get(p, -1) < at]
-        elif saga.state == "completed":
-            missing = set(range(self.scenario.steps)) - set(done)
-            found += [f"completed, and {missing} are not done"] if missing else []
-            found += [f"completed, and {sorted(undone)} are undone"] if undone else []
-        elif saga.state == "failed_compensation":
-            found += self._needless_person(crash)
-        else:
-            found.append(f"unresolved: {saga.state}; {[report.left for report in crash.reports]}")
-        for report in crash.reports:
-            found += [f"recovery raised {error}" for error in report.errors.values()]
-        return found
-
-    def _needless_person(self, crash: Crash) -> list[str]:
-        assert crash.saga is not None
-        reason = crash.saga.failure_reason or ""
-        pending = [step.step_index for step in crash.saga.steps if step.state == "pending"]
-        if not (self.scenario.stays_in_doubt or self.scenario.cannot_be_undone):
-            return [f"a person is asked without need: {reason}"]
-        if (
-            not any(f"step {index} " in reason or f"row {index} " in reason for index in pending)
-            and "refused" not in reason
-        ):
-            return [f"the reason names no step: {reason}"]
-        return []
+_COMMANDS = {UNDOABLE: Do, PIVOT: Confirm, READ_ONLY: Look}
 
 
 class Shop:
-    """A coordinator's surroundings, for one scenario: the same for every process of a run."""
+    """A coordinator's surroundings, for one scenario: the same for every process of a run.
 
-    def __init__(self, scenario: Scenario, *, asynchronous: bool = False) -> None:
+    Args:
+        scenario: The saga and its trouble.
+        asynchronous: Whether the coordinator is async.
+        manners: How the outside behaves.
+        ledger: The outside's account, which goes on; if none is given, a file that begins anew with each log.
+    """
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        *,
+        asynchronous: bool = False,
+        manners: Manners | None = None,
+        ledger: Path | None = None,
+    ) -> None:
         self.scenario = scenario
         self.asynchronous = asynchronous
-        self.outside = Outside(scenario)
-        self._logs: list[Any] = []
+        self.outside = Outside(scenario, ledger or _ledger(), manners or Manners())
+        self._goes_on = ledger is not None
+        self._log: Any = None
         self.function: Any = None
 
-    def new_outside(self) -> Outside:
-        """The other side of one run."""
-        return Outside(self.scenario)
-
     def build(self, log: Any) -> Any:
-        if log not in self._logs:
-            self._logs, self.outside = [log], self.new_outside()
-        bus = CommandBus()
-        retry = Retry(attempts=2, initial=0) if self.scenario.retried else None
-        undo_retry = Retry(attempts=2, initial=0)
-        timeout = 0.02 if self.asynchronous and self.scenario.trouble == "timeout" else None
-        on_unknown: Any = self.scenario.on_unknown
-        outside = self.outside
-        hangs = self.scenario.at if self.scenario.trouble == "timeout" else None
-
-        if self.asynchronous:
-
-            @bus.handler(retry=retry, on_unknown=on_unknown, timeout=timeout, settle=0)
-            async def ado(cmd: Do, step: StepInfo) -> Done:
-                done = outside.do(cmd.place, step.idempotency_key)
-                if cmd.place == hangs:
-                    await asyncio.sleep(60)
-                return done
-
-            @bus.handler(retry=undo_retry, settle=0)
-            async def aundo(cmd: Undo, step: StepInfo) -> None:
-                outside.undo(cmd.place, step.idempotency_key)
+        """What a new process makes."""
+        if self._goes_on or log is self._log:
+            self.outside.time_passes()
         else:
+            self.outside.begin_anew()
+            self._log = log
+        self.outside.life += 1
+        return self._coordinator(log, self._bus(Outside(**vars(self.outside))))
 
-            @bus.handler(retry=retry, on_unknown=on_unknown, settle=0)
-            def do(cmd: Do, step: StepInfo) -> Done:
-                done = outside.do(cmd.place, step.idempotency_key)
-                if cmd.place == hangs:
-                    raise TimeoutError("no answer in time")
-                return done
+    def _bus(self, outside: Outside) -> CommandBus:
+        scenario = self.scenario
+        bus = CommandBus()
+        settle = SETTLE if outside.manners.late else 0
+        hangs = scenario.at if scenario.trouble == "timeout" else None
+        timeout = 0.02 if self.asynchronous and hangs is not None else None
 
-            @bus.handler(retry=undo_retry, settle=0)
-            def undo(cmd: Undo, step: StepInfo) -> None:
-                outside.undo(cmd.place, step.idempotency_key)
+        for kind, command in _COMMANDS.items():
+            options: dict[str, Any] = {"settle": settle, "timeout": timeout}
+            options["retry"] = Retry(attempts=2, initial=0) if scenario.retried else None
+            options |= {"read_only": kind == READ_ONLY, "pivot": kind == PIVOT}
+            if kind == UNDOABLE:
+                options["on_unknown"] = scenario.on_unknown
+            if self.asynchronous:
+
+                @bus.handler(**options)
+                async def ado(cmd: command, step: StepInfo) -> Done:  # type: ignore[valid-type]
+                    done = outside.do(cmd.place, step.idempotency_key, timeout or 0)
+                    if cmd.place == hangs:
+                        await asyncio.sleep(60)
+                    return done
+            else:
+
+                @bus.handler(**options)
+                def do(cmd: command, step: StepInfo) -> Done:  # type: ignore[valid-type]
+                    done = outside.do(cmd.place, step.idempotency_key)
+                    if cmd.place == hangs:
+                        raise TimeoutError("no answer in time")
+                    return done
+
+        @bus.handler(retry=Retry(attempts=2, initial=0), settle=settle)
+        def undo(cmd: Undo, step: StepInfo) -> None:
+            outside.undo(cmd.place, step.idempotency_key)
 
         @bus.compensation(Do)
         def undone(cmd: Do, output: Done | None) -> Undo:
             return Undo(place=cmd.place)
 
-        return self._coordinator(log, bus)
+        return bus
 
     def _coordinator(self, log: Any, bus: CommandBus) -> Any:
         scenario = self.scenario
         on_crash: Any = scenario.on_crash
-        fails = scenario.steps - 1 if scenario.cannot_be_undone else scenario.at
-        raises = scenario.trouble == "raises" or scenario.cannot_be_undone
+        commands = [_COMMANDS[scenario.kind(place)](place=place) for place in range(scenario.steps)]
+        by_hand = [(Undo(place=place), [commands[place]]) for place in scenario.undone_by_hand]
         coordinator: Any
         if self.asynchronous:
             coordinator = AsyncSagaCoordinator(log, bus, on_crash=on_crash, label="matrix")
 
             @coordinator.saga("matrix")
             async def asaga(ctx: AsyncSagaContext) -> int:
-                for place in range(scenario.steps):
-                    await ctx.dispatch(Do(place=place))
-                    if raises and place == fails:
-                        raise ValueError("the function gives up")
+                if scenario.shape == ALL:
+                    await ctx.dispatch_all(commands)
+                    _give_up(scenario, scenario.raises_after)
+                else:
+                    for place, command in enumerate(commands):
+                        await ctx.dispatch(command)
+                        _give_up(scenario, place)
+                for undo, undone in by_hand:
+                    await ctx.compensate(undo, undoes=undone)
                 return scenario.steps
 
             self.function = asaga
@@ -258,10 +165,15 @@ class Shop:
 
             @coordinator.saga("matrix")
             def saga(ctx: SagaContext) -> int:
-                for place in range(scenario.steps):
-                    ctx.dispatch(Do(place=place))
-                    if raises and place == fails:
-                        raise ValueError("the function gives up")
+                if scenario.shape == ALL:
+                    ctx.dispatch_all(commands)
+                    _give_up(scenario, scenario.raises_after)
+                else:
+                    for place, command in enumerate(commands):
+                        ctx.dispatch(command)
+                        _give_up(scenario, place)
+                for undo, undone in by_hand:
+                    ctx.compensate(undo, undoes=undone)
                 return scenario.steps
 
             self.function = saga
@@ -271,20 +183,33 @@ class Shop:
         return coordinator.run(self.function)
 
 
+def _give_up(scenario: Scenario, place: int | None) -> None:
+    if place is not None and place == scenario.raises_after:
+        raise ValueError("the function gives up")
+
+
+def _ledger() -> Path:
+    return Path(_folder.name) / f"{next(_numbers)}.txt"
+
+
+_folder = tempfile.TemporaryDirectory(prefix="sagalog-outside-")
+_numbers = itertools.count()
+
+
 def crashes(
-    scenario: Scenario, open_log: Callable[[], Any] | None = None, **how: Any
+    scenario: Scenario, open_log: Callable[[], Any] | None = None, manners: Manners | None = None, **how: Any
 ) -> Iterator[tuple[Crash, list[str]]]:
     """Each run of a scenario, and what is wrong with it."""
-    shop = Shop(scenario)
+    shop = Shop(scenario, manners=manners)
     for crash in crash_points(shop.build, shop.start, open_log=open_log, **how):
         yield crash, shop.outside.problems(crash)
 
 
 async def acrashes(
-    scenario: Scenario, open_log: Callable[[], Any] | None = None, **how: Any
+    scenario: Scenario, open_log: Callable[[], Any] | None = None, manners: Manners | None = None, **how: Any
 ) -> AsyncIterator[tuple[Crash, list[str]]]:
     """The same through the async coordinator."""
-    shop = Shop(scenario, asynchronous=True)
+    shop = Shop(scenario, asynchronous=True, manners=manners)
     async for crash in crash_points(shop.build, shop.start, open_log=open_log, **how):
         yield crash, shop.outside.problems(crash)
 
@@ -313,7 +238,7 @@ def _postgres(url: str, *, asynchronous: bool, carried: bool) -> Callable[[], An
     return open_log
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--again", action="store_true", help="stop the recovery as well")
     parser.add_argument("--zombie", action="store_true")
@@ -325,14 +250,23 @@ def main() -> None:
     parser.add_argument("--postgres", metavar="URL")
     parser.add_argument("--scenario", help="only this one: its fields with commas")
     parser.add_argument("--only", help="only these stops")
+    parser.add_argument("--varied", action="store_true", help="pivots, read-only steps, side by side, by hand")
+    parser.add_argument("--forgetful", action="store_true", help="the outside does not know keys")
+    parser.add_argument("--unrefusing", action="store_true", help="the outside does what was undone already")
+    parser.add_argument("--late", action="store_true", help="what got no answer lands later: those troubles only")
     given = parser.parse_args()
+    if (given.zombie or given.repeat) and (given.forgetful or given.unrefusing):
+        parser.error(
+            "what a process sends that lost its saga, and what is delivered twice, only the outside can refuse"
+        )
     how: dict[str, Any] = {"again": given.again, "zombie": given.zombie, "repeat": given.repeat}
     if given.only:
         how["only"] = tuple(int(number) for number in given.only.split(","))
-    chosen = list(scenarios(given.steps))[:: given.every]
-    if given.scenario:
-        steps, trouble, at, on_crash, on_unknown, retried = given.scenario.split(",")
-        chosen = [Scenario(int(steps), trouble, int(at), on_crash, on_unknown, retried == "True")]
+    how["manners"] = Manners(knows_keys=not given.forgetful, refuses=not given.unrefusing, late=given.late)
+    chosen = list((varied if given.varied else scenarios)(given.steps))
+    if given.late:
+        chosen = [scenario for scenario in chosen if scenario.trouble in LANDS_LATE]
+    chosen = [Scenario.read(given.scenario)] if given.scenario else chosen[:: given.every]
     open_log = (
         _postgres(given.postgres, asynchronous=given.asynchronous, carried=given.carried) if given.postgres else None
     )
@@ -345,8 +279,8 @@ def main() -> None:
         states[crash.saga.state if crash.saga else "nothing written"] += 1
         if problems:
             bad += 1
-            shown = ",".join(map(str, dataclasses.astuple(scenario)))
-            print(f'--scenario "{shown}" --only {",".join(map(str, crash.stops))}: {crash}: {problems}')  # noqa: T201
+            stops = ",".join(map(str, crash.stops))
+            print(f'--scenario "{scenario.words}" --only {stops}: {crash}: {problems}', flush=True)  # noqa: T201
 
     async def all_async() -> None:
         for scenario in chosen:
@@ -361,7 +295,8 @@ def main() -> None:
                 judge(scenario, crash, problems)
     took = time.monotonic() - began
     print(f"{len(chosen)} scenarios, {sum(states.values())} cases, {bad} bad, {took:.0f} s: {dict(states)}")  # noqa: T201
+    return min(bad, 1)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

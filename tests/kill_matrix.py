@@ -19,17 +19,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sagalog import SagaLog, SagaRecord
 from sagalog.testing import Crash
-from tests.crash_matrix import Scenario, scenarios
+from tests.crash_matrix import Shop
 from tests.many_processes import keys_together, recovered_together
 from tests.many_tasks import tasks_killed, tasks_woken
-from tests.processes import Child, FileOutside, FileShop, Life, Strike, World, records, time_passes
+from tests.outside import Outside
+from tests.processes import Child, Life, Strike, World, records, time_passes
+from tests.scenarios import Scenario, scenarios
 
 _RECOVERIES = 2
 _TASKS = 16
@@ -47,16 +49,17 @@ class Case:
     state: str = "nothing written"
 
     def __str__(self) -> str:
-        shown = ",".join(map(str, astuple(self.scenario)))
         stops = ",".join(map(str, self.stops))
         where = " and then ".join(self.points)
-        return f'--world {self.world.name} --scenario "{shown}" --stops {stops} ({where}): {self.problems}'
+        return (
+            f'--world {self.world.name} --scenario "{self.scenario.words}" --stops {stops} ({where}): {self.problems}'
+        )
 
 
 # A process that runs a saga, and one that recovers it
 
 
-def _first_life(world: World, shop: FileShop, at: int | None, strike: Strike) -> Child:
+def _first_life(world: World, shop: Shop, at: int | None, strike: Strike) -> Child:
     def live(say: Callable[[Any], None]) -> Any:
         log = world.open(empty=True)
         coordinator = shop.build(log)
@@ -66,21 +69,28 @@ def _first_life(world: World, shop: FileShop, at: int | None, strike: Strike) ->
         except Exception as error:
             return "ended", type(error).__name__
 
-    return Child(live)
+    return _next_life(shop, live)
 
 
-def _recovery(world: World, shop: FileShop, at: int | None, recoveries: int, strike: Strike = "kill") -> Child:
+def _next_life(shop: Shop, live: Callable[[Callable[[Any], None]], Any]) -> Child:
+    child = Child(live)
+    shop.outside.life += 1  # the child's building counted in the child
+    return child
+
+
+def _recovery(world: World, shop: Shop, at: int | None, recoveries: int, strike: Strike = "kill") -> Child:
     def live(say: Callable[[Any], None]) -> Any:
         log = world.open()
         coordinator = shop.build(log)
         coordinator.interpose = Life(at, strike, say)
         reports = []
         for _ in range(recoveries):
+            shop.outside.time_passes()
             time_passes(log)
             reports.append(coordinator.recover())
         return reports, records(log)
 
-    return Child(live)
+    return _next_life(shop, live)
 
 
 def _look(world: World) -> list[SagaRecord]:
@@ -94,7 +104,7 @@ def _look(world: World) -> list[SagaRecord]:
 def killed(world: World, scenario: Scenario, stops: tuple[int, ...]) -> Case:
     """Run a saga, kill its process at a point, recover it, perhaps kill that too; then judge."""
     case = Case(world, scenario, stops)
-    shop = FileShop(scenario, world.ledger)
+    shop = Shop(scenario, ledger=world.ledger)
     world.begin_anew()
     first = _first_life(world, shop, stops[0], "kill")
     said = first.answers()
@@ -112,7 +122,7 @@ def killed(world: World, scenario: Scenario, stops: tuple[int, ...]) -> Case:
 
 def _judge(case: Case, reports: list[Any], sagas: list[SagaRecord]) -> None:
     crash = Crash(tuple(case.points), case.stops, None, None, reports, sagas)
-    case.problems += FileOutside(case.scenario, case.world.ledger).read().problems(crash)
+    case.problems += Outside(case.scenario, case.world.ledger).problems(crash)
     case.problems += [f"{len(sagas)} sagas"] if len(sagas) > 1 else []
     case.state = sagas[0].state if sagas else case.state
 
@@ -146,7 +156,7 @@ def woken(world: World, scenario: Scenario, stop: int, within: int | None = None
         within: The point at which the one that recovers is stopped too, while the first wakes up; None lets it finish.
     """
     case = Case(world, scenario, (stop,) if within is None else (stop, within))
-    shop = FileShop(scenario, world.ledger)
+    shop = Shop(scenario, ledger=world.ledger)
     world.begin_anew()
     zombie = _first_life(world, shop, stop, "stop")
     if not zombie.wait_stopped():
@@ -327,8 +337,7 @@ def _timed(title: str, work: Callable[[], list[str]]) -> int:
 
 
 def _replay(world: World, words: str, stops: str) -> int:
-    steps, trouble, at, on_crash, on_unknown, retried = words.split(",")
-    scenario = Scenario(int(steps), trouble, int(at), on_crash, on_unknown, retried == "True")
+    scenario = Scenario.read(words)
     bad = 0
     numbers = tuple(map(int, stops.split(",")))
     for case in (killed(world, scenario, numbers), woken(world, scenario, *numbers[:2])):

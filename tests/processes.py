@@ -6,7 +6,6 @@ The parent has no log open when it forks, so that a child inherits no connection
 from __future__ import annotations
 
 import faulthandler
-import fcntl
 import os
 import pickle
 import select
@@ -15,11 +14,11 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from sqlalchemy import delete
 
@@ -28,7 +27,8 @@ from sagalog.coordinator.effects import Effect, Invoke, Write
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.statements import Statement
 from sagalog.testing.crashing import _all_ids, _label, _time_passes
-from tests.crash_matrix import Outside, Scenario, Shop
+from tests.crash_matrix import Shop
+from tests.scenarios import Scenario
 
 Strike: TypeAlias = Literal["kill", "stop", "interrupt"]
 _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "interrupt": signal.SIGINT}
@@ -199,51 +199,6 @@ class Life:
         return Call(operation.asked, operation.kind, run, operation.saga_id, operation.step_index)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[IO[bytes]]:
-    """A file that is only appended to, with a lock that ends with the process."""
-    with path.open("a+b", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        yield file
-
-
-class FileOutside(Outside):
-    """The other side's account in a file: lines of what, verb, step, key, process."""
-
-    def __init__(self, scenario: Scenario, path: Path) -> None:
-        super().__init__(scenario)
-        self.path = path
-
-    def read(self, lines: bytes | None = None) -> FileOutside:
-        """What the file holds."""
-        held = [line.split() for line in (self.path.read_bytes() if lines is None else lines).decode().splitlines()]
-        self.asked = [(verb, int(place), key) for what, verb, place, key, _ in held if what == "asked"]
-        self.effects = [(verb, int(place), key) for what, verb, place, key, _ in held if what == "done"]
-        self.keys = {key for _, _, key in self.effects}
-        return self
-
-    def _take_effect(self, verb: str, place: int, key: str) -> None:
-        with locked(self.path) as file:
-            self.read(file.read())
-            effects = len(self.effects)
-            file.write(f"asked {verb} {place} {key} {os.getpid()}\n".encode())
-            super()._take_effect(verb, place, key)
-            if len(self.effects) > effects:
-                file.write(f"done {verb} {place} {key} {os.getpid()}\n".encode())
-
-
-class FileShop(Shop):
-    """A scenario's surroundings, whose account is a file."""
-
-    def __init__(self, scenario: Scenario, ledger: Path) -> None:
-        super().__init__(scenario)
-        self.ledger = ledger
-
-    def new_outside(self) -> FileOutside:
-        return FileOutside(self.scenario, self.ledger)
-
-
 @dataclass
 class World:
     """A database and an account of the outside, both new for each case.
@@ -296,7 +251,7 @@ class World:
     def warm(self) -> None:
         """Load, and make ready, what each child would; whatever is opened is closed again."""
         self.begin_anew()
-        shop = FileShop(Scenario(2, "raises", 1, "resume", "stop", retried=True), self.ledger)
+        shop = Shop(Scenario(2, "raises", 1, "resume", "stop", retried=True), ledger=self.ledger)
         log = self.open(empty=True)
         with shop.build(log) as coordinator, suppress(SagaFailed):
             shop.start(coordinator)

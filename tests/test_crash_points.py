@@ -12,7 +12,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from sagalog import AsyncSagaLog, SagaLog, StepRejected
 from sagalog.testing import crash_points
-from tests.crash_matrix import Scenario, Shop, acrashes, crashes, scenarios
+from tests.crash_matrix import Shop, acrashes, crashes
+from tests.outside import Manners
+from tests.scenarios import Scenario, scenarios
 
 SLICE = list(scenarios(3))[::23]
 SHORT = [
@@ -116,17 +118,10 @@ def test_a_case_is_replayed_by_its_stops() -> None:
 
 def test_crash_points_finds_a_handler_that_is_not_what_it_says() -> None:
     """An outside that forgets keys does what is repeated twice: the account shows it."""
-    shop = Shop(Scenario(1, "raises", 0, "compensate", "stop", retried=True))
-    real = shop.build
-
-    def forgetful(log: Any) -> Any:
-        coordinator = real(log)
-        shop.outside.keys = set()
-        return coordinator
-
+    shop = Shop(Scenario(1, "raises", 0, "compensate", "stop", retried=True), manners=Manners(knows_keys=False))
     effects = []
-    for _ in crash_points(forgetful, shop.start):
-        effects.append([verb for verb, _, _ in shop.outside.effects].count("do"))
+    for _ in crash_points(shop.build, shop.start):
+        effects.append([line.verb for line in shop.outside.account() if line.what == "done"].count("do"))
     assert max(effects) == 2
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash_matrix import Scenario
 from tests.kill_matrix import kills, zombies
 from tests.many_processes import keys_together, recovered_together
 from tests.many_tasks import tasks_killed, tasks_woken
 from tests.processes import World
+from tests.scenarios import Scenario
 
 _warm: set[str] = set()
 

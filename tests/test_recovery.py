@@ -297,6 +297,19 @@ def test_a_step_in_doubt_is_not_undone_before_its_deadline(stage: Stage) -> None
     assert shop.calls == ["reserve", "charge", "refund", "release"]
 
 
+def test_a_step_that_a_recovery_tried_again_in_vain_is_undone_by_the_next_one(stage: Stage) -> None:
+    """The outside answers nobody: to try again each time would put off its undo each time."""
+    shop = Shop(stage.bus, on_unknown="compensate", retry=Retry(attempts=2, initial=0), timeout=60)
+    shop.fails("charge", Killed(), *[OSError("no answer")] * 2)
+    saga_id = left_behind(stage)
+    (left,) = recoverer(stage).recover().left
+    assert (left.saga_id, left.reason) == (saga_id, "step 1 (Charge) may still be under way")
+    stage.sql("UPDATE saga_step SET deadline_at = 0 WHERE state = 'pending'")
+    assert recoverer(stage).recover().compensated == [saga_id]
+    assert shop.calls == ["reserve", *["charge"] * 3, "refund", "release"]
+    assert [len(keys) for keys in shop.keys.values()] == [1] * 4
+
+
 def test_a_saga_that_nobody_here_knows_is_left_and_reported(stage: Stage) -> None:
     Shop(stage.bus)
     saga_id = left_behind(stage)

@@ -54,6 +54,11 @@ class Handler:
         """The class of its command."""
         return self.signature.cmd_type
 
+    @property
+    def does_nothing_unless_it_ends(self) -> bool:
+        """Whether a try whose end the log does not hold has changed nothing."""
+        return self.transactional or self.read_only
+
     def read_cmd(self, text: str, saga_id: int, step_index: int) -> Any:
         """The command that the log holds."""
         return decode_as(self.cmd_type, text, "cmd_json", saga_id, step_index)

@@ -169,7 +169,7 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
         cmd: The command.
         forward: Whether the saga goes on; a step that surely did nothing is then done, and not only called failed.
     """
-    did_nothing = handler.transactional or handler.read_only
+    did_nothing = handler.does_nothing_unless_it_ends
     retry = handler.retry
     if did_nothing and not forward:
         outcome: Outcome = Refused("its process died before it was done", None)

@@ -80,10 +80,11 @@ async def unwind(run: Run, reason: str) -> End:
         if any(step.state is StepState.PENDING for step in run.steps.values()):
             await _reload(run)
         _refuse_unknown(run)
+        begun = run.state is SagaState.COMPENSATING
         if run.state is SagaState.FAILED:
             _begin(run, reason)  # of a failed saga no step can be ended
             await run.flush()
-        await _settle_doubts(run)
+        await _settle_doubts(run, begun=begun)
         if run.reached_pivot:
             return await to_person(run, f"{reason}; a step that cannot be undone succeeded, or is in doubt")
         if any(step.open for step in run.steps.values()):
@@ -156,15 +157,24 @@ def _refuse_unknown(run: Run) -> None:
             _handler(run, step)
 
 
-async def _settle_doubts(run: Run) -> None:
-    """What became of steps that are pending: known by trying again, or left in doubt as their policy says."""
+async def _settle_doubts(run: Run, *, begun: bool) -> None:
+    """What became of steps that are pending: known by trying again, or left in doubt as their policy says.
+
+    Args:
+        run: The saga.
+        begun: Whether an earlier process began to undo: what was tried in vain then is not tried again, for each try
+            puts off the undo.
+    """
     for step in run.forward():
         if step.state is not StepState.PENDING or _undo_of(run, step) is not None:
             continue
         handler = _handler(run, step)
+        undone_in_doubt = run.unknown_policy(handler) == "compensate" and not handler.does_nothing_unless_it_ends
+        if begun and undone_in_doubt and step.error is not None and not run.again:
+            continue
         cmd = handler.read_cmd(step.cmd_json, run.saga_id, step.index)
         outcome = await known(run, handler, step, cmd, forward=False)
-        if isinstance(outcome, Doubt) and run.unknown_policy(handler) == "stop":
+        if isinstance(outcome, Doubt) and not undone_in_doubt:
             raise _Blocked(f"step {step.index} ({step.name}) is in doubt: {outcome.reason}")
 
 
