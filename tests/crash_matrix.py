@@ -89,11 +89,12 @@ class Shop:
 
     def build(self, log: Any) -> Any:
         """What a new process makes."""
-        if self._goes_on or log is self._log:
-            self.outside.time_passes()
-        else:
-            self.outside.begin_anew()
-            self._log = log
+        if not self._goes_on:
+            if log is self._log:
+                self.outside.time_passes()
+            else:
+                self.outside.begin_anew()
+                self._log = log
         self.outside.life += 1
         return self._coordinator(log, self._bus(Outside(**vars(self.outside))))
 

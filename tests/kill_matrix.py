@@ -29,8 +29,8 @@ from sagalog.testing import Crash
 from tests.crash_matrix import Shop
 from tests.many_processes import keys_together, recovered_together
 from tests.many_tasks import tasks_killed, tasks_woken
-from tests.outside import Outside
-from tests.processes import Child, Life, Strike, World, records, time_passes
+from tests.outside import Manners, Outside
+from tests.processes import Child, Life, Strike, World, leases_run_out, records, time_passes
 from tests.scenarios import Scenario, scenarios
 
 _RECOVERIES = 2
@@ -44,6 +44,7 @@ class Case:
     world: World
     scenario: Scenario
     stops: tuple[int, ...]
+    manners: Manners
     points: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     state: str = "nothing written"
@@ -63,7 +64,7 @@ def _first_life(world: World, shop: Shop, at: int | None, strike: Strike) -> Chi
     def live(say: Callable[[Any], None]) -> Any:
         log = world.open(empty=True)
         coordinator = shop.build(log)
-        coordinator.interpose = Life(at, strike, say)
+        coordinator.interpose = Life(at, strike, say, shop.outside.answer_seen)
         try:
             return "ended", shop.start(coordinator)
         except Exception as error:
@@ -78,15 +79,20 @@ def _next_life(shop: Shop, live: Callable[[Callable[[Any], None]], Any]) -> Chil
     return child
 
 
-def _recovery(world: World, shop: Shop, at: int | None, recoveries: int, strike: Strike = "kill") -> Child:
+def _recovery(
+    world: World, shop: Shop, at: int | None, recoveries: int, strike: Strike = "kill", *, early: bool = False
+) -> Child:
     def live(say: Callable[[Any], None]) -> Any:
         log = world.open()
         coordinator = shop.build(log)
-        coordinator.interpose = Life(at, strike, say)
+        coordinator.interpose = Life(at, strike, say, shop.outside.answer_seen)
         reports = []
         for _ in range(recoveries):
-            shop.outside.time_passes()
-            time_passes(log)
+            if early:
+                leases_run_out(log)
+            else:
+                shop.outside.time_passes()
+                time_passes(log)
             reports.append(coordinator.recover())
         return reports, records(log)
 
@@ -101,15 +107,21 @@ def _look(world: World) -> list[SagaRecord]:
 # kill -9
 
 
-def killed(world: World, scenario: Scenario, stops: tuple[int, ...]) -> Case:
+SLOW = Manners(refuses=False, late=True, slow=True)
+"""What a killed process had sent is under way while the first recovery comes, and is done even after its undo."""
+
+
+def killed(world: World, scenario: Scenario, stops: tuple[int, ...], manners: Manners | None = None) -> Case:
     """Run a saga, kill its process at a point, recover it, perhaps kill that too; then judge."""
-    case = Case(world, scenario, stops)
-    shop = Shop(scenario, ledger=world.ledger)
+    case = Case(world, scenario, stops, manners or Manners())
+    shop = Shop(scenario, ledger=world.ledger, manners=case.manners)
     world.begin_anew()
     first = _first_life(world, shop, stops[0], "kill")
     said = first.answers()
     if first.was_killed:
         case.points.append(said[0])
+    if case.manners.slow:
+        _recovery(world, shop, None, 1, early=True).answers()  # while what was sent is under way
     for at in stops[1:] if first.was_killed else ():
         again = _recovery(world, shop, at, 1)
         said = again.answers()
@@ -122,22 +134,22 @@ def killed(world: World, scenario: Scenario, stops: tuple[int, ...]) -> Case:
 
 def _judge(case: Case, reports: list[Any], sagas: list[SagaRecord]) -> None:
     crash = Crash(tuple(case.points), case.stops, None, None, reports, sagas)
-    case.problems += Outside(case.scenario, case.world.ledger).problems(crash)
+    case.problems += Outside(case.scenario, case.world.ledger, case.manners).problems(crash)
     case.problems += [f"{len(sagas)} sagas"] if len(sagas) > 1 else []
     case.state = sagas[0].state if sagas else case.state
 
 
-def kills(world: World, scenario: Scenario, *, again: bool = False) -> Iterator[Case]:
+def kills(world: World, scenario: Scenario, *, again: bool = False, manners: Manners | None = None) -> Iterator[Case]:
     """A scenario killed at each of its points in order; with `again`, its recovery at each of its own too."""
     for first in itertools.count():
-        case = killed(world, scenario, (first,))
+        case = killed(world, scenario, (first,), manners)
         yield case
         if not case.points:
             return
         for second in itertools.count():
             if not again:
                 break
-            case = killed(world, scenario, (first, second))
+            case = killed(world, scenario, (first, second), manners)
             if len(case.points) < 2:
                 break
             yield case
@@ -155,7 +167,7 @@ def woken(world: World, scenario: Scenario, stop: int, within: int | None = None
         stop: The point at which its process is stopped.
         within: The point at which the one that recovers is stopped too, while the first wakes up; None lets it finish.
     """
-    case = Case(world, scenario, (stop,) if within is None else (stop, within))
+    case = Case(world, scenario, (stop,) if within is None else (stop, within), Manners())
     shop = Shop(scenario, ledger=world.ledger)
     world.begin_anew()
     zombie = _first_life(world, shop, stop, "stop")
@@ -286,13 +298,14 @@ class Tally:
         return self.bad
 
 
-def every_kill(world: World, most: int) -> int:
+def every_kill(world: World, most: int, manners: Manners) -> int:
     """Scenarios of 2 to 4 steps, every n-th of them, so that about `most` processes are killed."""
-    tally = Tally(f"kill -9, {world.name}")
+    tally = Tally(f"kill -9{', slow outside' if manners.slow else ''}, {world.name}")
     for scenario in _spread(chosen_scenarios(range(2, 5))):
         if tally.hits >= most:
             break
-        for case in kills(world, scenario, again=scenario.steps == 2 and scenario.trouble in ("raises", "after")):
+        again = scenario.steps == 2 and scenario.trouble in ("raises", "after")
+        for case in kills(world, scenario, again=again, manners=manners):
             tally.add(case)
     return tally.close()
 
@@ -336,11 +349,11 @@ def _timed(title: str, work: Callable[[], list[str]]) -> int:
     return len(problems)
 
 
-def _replay(world: World, words: str, stops: str) -> int:
+def _replay(world: World, words: str, stops: str, manners: Manners) -> int:
     scenario = Scenario.read(words)
     bad = 0
     numbers = tuple(map(int, stops.split(",")))
-    for case in (killed(world, scenario, numbers), woken(world, scenario, *numbers[:2])):
+    for case in (killed(world, scenario, numbers, manners), woken(world, scenario, *numbers[:2])):
         print(case)  # noqa: T201
         bad += bool(case.problems)
     return bad
@@ -355,7 +368,9 @@ def main() -> int:
     parser.add_argument("--world", help="only this one: sqlite-full, sqlite-normal, postgres")
     parser.add_argument("--scenario", help="only this one: its fields with commas")
     parser.add_argument("--stops", default="0")
+    parser.add_argument("--slow", action="store_true", help="what a killed process had sent is under way for a while")
     given = parser.parse_args()
+    manners = SLOW if given.slow else Manners()
     parts = given.only.split(",")
     bad = 0
     with worlds(given.postgres) as made:
@@ -363,10 +378,10 @@ def main() -> int:
             if given.world not in (None, world.name):
                 continue
             if given.scenario:
-                bad += _replay(world, given.scenario, given.stops)
+                bad += _replay(world, given.scenario, given.stops, manners)
                 continue
             if "kills" in parts:
-                bad += every_kill(world, given.cases)
+                bad += every_kill(world, given.cases, manners)
             if "zombies" in parts:
                 bad += every_zombie(world, max(1, given.cases // 8))
             for processes in (2, 4, 8) if "recoverers" in parts else ():

@@ -6,6 +6,7 @@ What a log says is held against that account: it is the oracle of `crash_matrix`
 from __future__ import annotations
 
 import fcntl
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -40,11 +41,14 @@ class Manners:
         knows_keys: A repetition under one key takes effect once.
         refuses: What was undone is not done any more.
         late: What got no answer takes effect all the same, a while after its handler gave up.
+        slow: Nothing has taken effect before its answer was seen: what a process that is killed had sent is under way
+            until its time is over.
     """
 
     knows_keys: bool = True
     refuses: bool = True
     late: bool = False
+    slow: bool = False
 
 
 class Line(NamedTuple):
@@ -119,7 +123,7 @@ class Outside:
             raise StepRejected("no")
         late = self.manners.late and here in LANDS_LATE
         if late or here != "before":
-            self._asked("do", place, key, timeout + LATE if late else None)
+            self._asked("do", place, key, timeout + LATE if late else None, answers=here == "")
         if here == "before":
             raise OSError("lost on the way there")
         if here == "after":
@@ -133,16 +137,24 @@ class Outside:
             raise StepRejected("it cannot be undone")
         if here == "undo_raises":
             if self.manners.late:
-                self._asked("undo", place, key, LATE)
+                self._asked("undo", place, key, LATE, answers=False)
             raise OSError("the undo is lost")
-        self._asked("undo", place, key, None)
+        self._asked("undo", place, key, None, answers=True)
 
     def time_passes(self) -> None:
         """All that is under way lands."""
         with locked(self.path) as file:
-            self._land(file, until=None)
+            self._land(file, until=math.inf)
 
-    def _asked(self, verb: str, place: int, key: str, lands_in: float | None) -> None:
+    def answer_seen(self) -> None:
+        """What this process asked for last is no longer under way."""
+        if self.manners.slow:
+            with locked(self.path) as file:
+                self._land(file, until=time.monotonic(), answered=self.life)
+
+    def _asked(self, verb: str, place: int, key: str, lands_in: float | None, *, answers: bool) -> None:
+        if answers and self.manners.slow:
+            lands_in = math.inf
         now = time.monotonic()
         with locked(self.path) as file:
             account = self._land(file, until=now)
@@ -154,12 +166,12 @@ class Outside:
             elif self._arrives(file, account, request) == "refused":
                 raise StepRejected("it was undone already")
 
-    def _land(self, file: IO[bytes], until: float | None) -> list[Line]:
-        """What is due takes effect; the account afterwards."""
+    def _land(self, file: IO[bytes], until: float, answered: int = 0) -> list[Line]:
+        """What is due takes effect, and what was sent by a life whose answers were seen; the account afterwards."""
         account = [Line.read(line) for line in file.read().decode().splitlines()]
         arrived = {line.request for line in account if line.what in ("done", "repeated", "refused")}
         for line in [line for line in account if line.what == "sent" and line.request not in arrived]:
-            if until is None or line.due <= until:
+            if line.due <= until or (line.life == answered and line.due == math.inf):
                 self._arrives(file, account, line)
         return account
 
@@ -207,7 +219,8 @@ class Outside:
 
     def _too_often(self, account: list[Line], crash: Crash) -> list[str]:
         """What took effect more often under one key than the handlers' policies allow."""
-        effects = Counter((line.verb, line.key) for line in account if line.what == "done")
+        changes = [line for line in account if line.what == "done" and self.scenario.kind(line.place) != READ_ONLY]
+        effects = Counter((line.verb, line.key) for line in changes)
         most = {"do": 1, "undo": 1}
         if not self.manners.knows_keys:
             # What may be repeated is sent again whenever its answer was lost.

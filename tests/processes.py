@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from sqlalchemy import delete
+from sqlalchemy import delete, update
 
 from sagalog import SagaFailed, SagaLog, SagaRecord
 from sagalog.coordinator.effects import Effect, Invoke, Write
@@ -149,12 +149,20 @@ class Life:
         at: The number of that point; None passes all.
         strike: How: "kill", "stop" or "interrupt".
         say: Tells the parent at which point.
+        answered: Called once the process has a handler's answer, and has passed the point after it.
     """
 
-    def __init__(self, at: int | None, strike: Strike, say: Callable[[Any], None]) -> None:
+    def __init__(
+        self,
+        at: int | None,
+        strike: Strike,
+        say: Callable[[Any], None],
+        answered: Callable[[], None] = lambda: None,
+    ) -> None:
         self._at = at
         self._strike = strike
         self._say = say
+        self._answered = answered
         self.passed = 0
 
     def point(self, label: str) -> None:
@@ -175,6 +183,8 @@ class Life:
             self.point(f"after {label}, which raised")
             raise
         self.point(f"after {label}")
+        if isinstance(effect, Invoke):
+            self._answered()
         return given
 
     def _opened(self, effect: Effect[Any], label: str) -> Effect[Any]:
@@ -270,6 +280,15 @@ def _empty(db: Database) -> None:
 def time_passes(log: SagaLog) -> None:
     """Every lease has run out, and nothing of what was tried can be under way any more."""
     log._bind.perform(_time_passes())
+
+
+def leases_run_out(log: SagaLog) -> None:
+    """Every lease has run out, and what was tried may be under way still."""
+
+    def run(db: Database) -> None:
+        db.write(Statement(update(db.sql.executor).values(lease_until=0)), {})
+
+    log._bind.perform(Call("leases", Kind.SEVERAL, run))
 
 
 def records(log: SagaLog) -> list[SagaRecord]:

@@ -13,10 +13,13 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sagalog import AsyncSagaLog, SagaLog, StepRejected
 from sagalog.testing import crash_points
 from tests.crash_matrix import Shop, acrashes, crashes
-from tests.outside import Manners
-from tests.scenarios import Scenario, scenarios
+from tests.outside import LANDS_LATE, Manners
+from tests.scenarios import Scenario, scenarios, varied
 
 SLICE = list(scenarios(3))[::23]
+VARIED = list(varied(2))[::67]
+LATE = [scenario for scenario in scenarios(2) if scenario.trouble in LANDS_LATE][::7]
+HARSH = Manners(knows_keys=False, refuses=False)
 SHORT = [
     Scenario(2, "", 0, "resume", "compensate", retried=True),
     Scenario(2, "after", 1, "compensate", "compensate", retried=False),
@@ -40,14 +43,27 @@ async def agathered(scenario: Scenario, open_log: Callable[[], Any] | None = Non
     return [case async for case in acrashes(scenario, open_log, **how)]
 
 
+@pytest.mark.parametrize("manners", [Manners(), HARSH], ids=["outside that knows keys", "outside that knows none"])
 @pytest.mark.parametrize("scenario", SLICE, ids=named)
-def test_a_saga_stopped_anywhere_is_recovered_as_promised(scenario: Scenario) -> None:
-    judge(list(crashes(scenario)))
+def test_a_saga_stopped_anywhere_is_recovered_as_promised(scenario: Scenario, manners: Manners) -> None:
+    judge(list(crashes(scenario, manners=manners)))
 
 
 @pytest.mark.parametrize("scenario", SLICE[::4], ids=named)
 def test_a_saga_stopped_anywhere_is_recovered_as_promised_async(scenario: Scenario) -> None:
-    judge(asyncio.run(agathered(scenario)))
+    judge(asyncio.run(agathered(scenario, manners=HARSH)))
+
+
+@pytest.mark.parametrize("scenario", VARIED, ids=named)
+def test_pivots_reads_steps_side_by_side_and_undos_by_hand_are_recovered_as_promised(scenario: Scenario) -> None:
+    judge(list(crashes(scenario, manners=HARSH)))
+    judge(asyncio.run(agathered(scenario, manners=HARSH)))
+
+
+@pytest.mark.parametrize("scenario", LATE, ids=named)
+def test_what_got_no_answer_and_lands_late_is_undone_after_it_landed(scenario: Scenario) -> None:
+    judge(list(crashes(scenario, manners=Manners(refuses=False, late=True))))
+    judge(asyncio.run(agathered(scenario, manners=Manners(refuses=False, late=True))))
 
 
 @pytest.mark.parametrize("how", ["zombie", "repeat"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kill_matrix import kills, zombies
+from tests.kill_matrix import SLOW, kills, zombies
 from tests.many_processes import keys_together, recovered_together
 from tests.many_tasks import tasks_killed, tasks_woken
 from tests.processes import World
@@ -39,6 +39,12 @@ GONE_ON_WITH = Scenario(2, "after", 0, "resume", "compensate", retried=True)
 def test_a_saga_killed_at_any_point_is_brought_to_its_end(world: World, scenario: Scenario) -> None:
     cases = list(kills(world, scenario))
     assert len(cases) > 15
+    assert [str(case) for case in cases if case.problems] == []
+
+
+def test_what_a_killed_process_had_sent_is_not_undone_while_it_may_be_under_way(world: World) -> None:
+    cases = list(kills(world, IN_DOUBT, manners=SLOW))
+    assert len(cases) > 10
     assert [str(case) for case in cases if case.problems] == []
 
 
