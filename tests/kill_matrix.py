@@ -2,7 +2,7 @@
 
 A slice of it runs in `test_kills.py`; all of it by::
 
-    python -m tests.kill_matrix [--postgres URL] [--only kills,zombies,recoverers,keys,tasks] [--cases N]
+    python -m tests.kill_matrix [--postgres URL] [--only kills,zombies,recoverers,keys,workers,tasks] [--cases N]
 
 A failing case prints its world, its scenario and its stops, with which it is replayed:
 ``python -m tests.kill_matrix --world sqlite-full --scenario "2,after,1,resume,stop,True" --stops 7``.
@@ -27,7 +27,7 @@ from typing import Any
 from sagalog import SagaLog, SagaRecord
 from sagalog.testing import Crash
 from tests.crash_matrix import Shop
-from tests.many_processes import keys_together, recovered_together
+from tests.many_processes import keys_together, recovered_together, workers_together
 from tests.many_tasks import tasks_killed, tasks_woken
 from tests.outside import Manners, Outside
 from tests.processes import Child, Life, Strike, World, leases_run_out, records, time_passes
@@ -362,7 +362,7 @@ def _replay(world: World, words: str, stops: str, manners: Manners) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--postgres", metavar="URL", help="of an empty database; a server is started if none is given")
-    parser.add_argument("--only", default="kills,zombies,recoverers,keys,tasks")
+    parser.add_argument("--only", default="kills,zombies,recoverers,keys,workers,tasks")
     parser.add_argument("--cases", type=int, default=1000, help="how many processes are killed in each database")
     parser.add_argument("--sagas", type=int, default=1000, help="how many are interrupted and recovered")
     parser.add_argument("--world", help="only this one: sqlite-full, sqlite-normal, postgres")
@@ -393,6 +393,9 @@ def main() -> int:
                     stopped = partial(tasks_woken, world, _TASKS)
                     # Of a transaction that stands still the server makes an end, after five seconds: not each of them.
                     bad += every_statement(f"{_TASKS} tasks stopped and woken, {world.name}", stopped, 5)
+            for processes in (2, 4, 8) if "workers" in parts else ():
+                title = f"{processes} workers run {given.sagas} sagas, one is killed, {world.name}"
+                bad += _timed(title, partial(workers_together, world, given.sagas, processes))
             if "keys" in parts:
                 title = f"8 processes run {given.sagas // 2} keys, {world.name}"
                 bad += _timed(title, partial(keys_together, world, given.sagas // 2, 8))

@@ -5,20 +5,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
 import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sagalog import CommandBus, SagaContext, SagaCoordinator, SagaInProgress, SagaLog, StepInfo
+from sagalog import CommandBus, SagaContext, SagaCoordinator, SagaFailed, SagaInProgress, SagaLog, SagaRecord, StepInfo
 from sagalog.coordinator.effects import Effect
 from sagalog.testing.crashing import _label
 from tests.crash_matrix import Do, Done, Undo
-from tests.processes import Child, World, records, time_passes
+from tests.processes import LONGEST, Child, World, records, time_passes
 
 STEPS = 3
 POINTS = 6 * STEPS + 2
@@ -35,11 +37,11 @@ def noting(ledger: Path) -> Callable[[str, str], None]:
     return note
 
 
-def many_bus(note: Callable[[str, str], None]) -> CommandBus:
+def many_bus(note: Callable[[str, str], None], timeout: float | None = None) -> CommandBus:
     """Handlers that note each call; the outside knows no keys, so that nothing is hidden."""
     bus = CommandBus()
 
-    @bus.handler(on_unknown="compensate")
+    @bus.handler(on_unknown="compensate", timeout=timeout)
     def do(cmd: Do, step: StepInfo) -> Done:
         note("do", step.idempotency_key)
         return Done(place=cmd.place)
@@ -55,9 +57,11 @@ def many_bus(note: Callable[[str, str], None]) -> CommandBus:
     return bus
 
 
-def build(log: SagaLog, ledger: Path) -> tuple[SagaCoordinator, Any]:
+def build(
+    log: SagaLog, note: Callable[[str, str], None], timeout: float | None = None, **options: Any
+) -> tuple[SagaCoordinator, Any]:
     """A coordinator, and a saga of several steps."""
-    coordinator = SagaCoordinator(log, many_bus(noting(ledger)))
+    coordinator = SagaCoordinator(log, many_bus(note, timeout), **options)
 
     @coordinator.saga("many")
     def many(ctx: SagaContext, number: int) -> int:
@@ -108,7 +112,7 @@ def _leave_interrupted(world: World, numbers: range) -> Child:
 
     def live(say: Callable[[Any], None]) -> None:
         log = world.open()
-        coordinator, many = build(log, world.ledger)
+        coordinator, many = build(log, noting(world.ledger))
         failures: list[str] = []
         interrupting = _Interrupting()
         coordinator.interpose = interrupting
@@ -181,7 +185,7 @@ def recovered_together(world: World, sagas: int, processes: int) -> list[str]:
 
     def recoverer() -> Callable[[], list[int]]:
         log = world.open()
-        coordinator, _ = build(log, world.ledger)
+        coordinator, _ = build(log, noting(world.ledger))
 
         def recover() -> list[int]:
             resolved: list[int] = []
@@ -218,7 +222,7 @@ def keys_together(world: World, keys: int, processes: int) -> list[str]:
 
     def runner(backwards: bool) -> Callable[[], Callable[[], dict[str, int]]]:
         def ready() -> Callable[[], dict[str, int]]:
-            coordinator, many = build(world.open(), world.ledger)
+            coordinator, many = build(world.open(), noting(world.ledger))
 
             def run() -> dict[str, int]:
                 results: dict[str, int] = {}
@@ -247,3 +251,97 @@ def keys_together(world: World, keys: int, processes: int) -> list[str]:
     if len(calls["do"]) != keys * STEPS or calls["undo"]:
         problems.append(f"{len(calls['do'])} effects and {len(calls['undo'])} undos of {keys * STEPS} steps")
     return problems
+
+
+# Workers
+
+_CONCURRENCY = 4
+_LEASE = 2.0
+
+
+def workers_together(world: World, sagas: int, processes: int, least_share: float = 0.25) -> list[str]:
+    """Let workers run what was submitted before they looked and while they did, and kill one of them; what is wrong.
+
+    Args:
+        world: The database.
+        sagas: How many.
+        processes: How many workers.
+        least_share: What each of them does at least of an even share.
+    """
+    world.begin_anew()
+    [_] = Child(lambda say: world.open(empty=True).close()).answers()
+    half = sagas // 2
+    [early] = Child(lambda say: _submitted(world, half)).answers()
+    dies_at = STEPS * half // processes
+    workers = [_worker(world, dies_at if n == 0 else None) for n in range(processes)]
+    try:
+        for worker in workers:
+            worker.next_answer()
+        [late] = Child(lambda say: _submitted(world, sagas - half)).answers()
+        [found] = Child(lambda say: _ended(world, early + late)).answers()
+        victim, *others = workers
+        victim.answers()
+        for worker in others:
+            worker.send(signal.SIGTERM)
+            worker.answers()
+    finally:
+        for worker in workers:
+            worker.end()
+    problems = [] if victim.was_killed else ["the one that was to die did not"]
+    if sorted(saga.saga_id for saga in found) != sorted(early + late):
+        problems.append(f"{len(found)} sagas of {sagas} that were submitted")
+    undone = [saga for saga in found if saga.state == "compensated"]
+    problems += [f"saga {saga.saga_id} is {saga.state}" for saga in found if saga.state not in _ENDS]
+    problems += [f"saga {saga.saga_id} was run by no dead process" for saga in undone if saga.recoveries != 1]
+    if len(undone) > _CONCURRENCY:
+        problems.append(f"{len(undone)} sagas were left by a process that runs {_CONCURRENCY}")
+    calls = asked(world.ledger)
+    problems += [f"{key} was asked for {n} times" for verb in calls.values() for key, n in verb.items() if n != 1]
+    steps = sum(len(saga.steps) for saga in found if saga.state == "completed")
+    if steps != (sagas - len(undone)) * STEPS:
+        problems.append(f"{steps} steps of {sagas - len(undone)} completed sagas")
+    shares = Counter(int(line.split()[2]) for line in world.ledger.read_text().splitlines() if line.startswith("do "))
+    even = sagas * STEPS / processes
+    problems += [
+        f"a worker did {shares[worker.pid]} of {even:.0f}" for worker in others if shares[worker.pid] < even / 4
+    ]
+    return problems
+
+
+_ENDS = ("completed", "compensated")
+
+
+def _submitted(world: World, sagas: int) -> list[int]:
+    coordinator, many = build(world.open(), noting(world.ledger))
+    return [coordinator.submit(many, number) for number in range(sagas)]
+
+
+def _ended(world: World, ids: list[int]) -> list[SagaRecord]:
+    log = world.open()
+    coordinator, _ = build(log, noting(world.ledger))
+    for saga_id in ids:
+        with suppress(SagaFailed):
+            coordinator.wait(saga_id, timeout=LONGEST)
+    return records(log)
+
+
+def _worker(world: World, dies_at: int | None) -> Child:
+    """A process with a worker, until SIGTERM; or until it dies, as it does the n-th step."""
+
+    def live(say: Callable[[Any], None]) -> None:
+        stop = threading.Event()
+        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+        note = noting(world.ledger)
+        done = itertools.count(1)
+
+        def noted(verb: str, key: str) -> None:
+            note(verb, key)
+            if verb == "do" and next(done) == dies_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        coordinator, _ = build(world.open(), noted, timeout=_LEASE, lease=_LEASE)
+        with coordinator.worker(concurrency=_CONCURRENCY, poll=0.1):
+            say("looking")
+            stop.wait()
+
+    return Child(live)

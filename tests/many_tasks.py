@@ -99,7 +99,7 @@ def _life(world: World, sagas: int, at: int | None, strike: str) -> Child:
 def _recovered(world: World) -> list[SagaRecord]:
     def recover(say: Callable[[Any], None]) -> list[SagaRecord]:
         log = world.open()
-        coordinator, _ = build(log, world.ledger)
+        coordinator, _ = build(log, noting(world.ledger))
         time_passes(log)
         for _ in range(2):
             report = coordinator.recover()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.kill_matrix import SLOW, kills, zombies
-from tests.many_processes import keys_together, recovered_together
+from tests.many_processes import keys_together, recovered_together, workers_together
 from tests.many_tasks import tasks_killed, tasks_woken
 from tests.processes import World
 from tests.scenarios import Scenario
@@ -75,6 +75,10 @@ def test_many_processes_recover_each_saga_once(world: World) -> None:
 
 def test_many_processes_run_each_key_once(world: World) -> None:
     assert keys_together(world, keys=50, processes=4) == []
+
+
+def test_many_workers_run_each_submitted_saga_once_and_outlive_one_that_is_killed(world: World) -> None:
+    assert workers_together(world, sagas=120, processes=3, least_share=0.02) == []
 
 
 def test_a_process_killed_at_any_statement_of_its_tasks_has_lost_nothing_that_they_were_told(world: World) -> None:
