@@ -21,9 +21,9 @@ from sagalog import StepRejected
 from sagalog.testing import Crash
 from tests.scenarios import READ_ONLY, Scenario
 
-LATE = 0.02
+LATE = 0.005
 """Seconds after its handler gave up until a late request lands."""
-SETTLE = 0.06
+SETTLE = 0.02
 """What the handlers of a late outside say of that."""
 LANDS_LATE = ("before", "timeout", "undo_raises")
 """The troubles whose requests get no answer."""
@@ -116,14 +116,14 @@ class Outside:
 
     # What it is asked
 
-    def do(self, place: int, key: str, timeout: float = 0.0) -> Done:
-        """Do a step; `timeout` is how long its handler waits, in seconds."""
+    def do(self, place: int, key: str) -> Done:
+        """Do a step."""
         here = self.scenario.trouble if self.scenario.at == place else ""
         if here == "rejects":
             raise StepRejected("no")
         late = self.manners.late and here in LANDS_LATE
         if late or here != "before":
-            self._asked("do", place, key, timeout + LATE if late else None, answers=here == "")
+            self._asked("do", place, key, LATE if late else None, answers=here == "")
         if here == "before":
             raise OSError("lost on the way there")
         if here == "after":
