@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from functools import lru_cache
@@ -163,6 +164,15 @@ def _stored_badly(problem: str, column: str, saga_id: int | None, step_index: in
         found=column,
         hint=f"The record's {column} holds the stored text; other sagas are not affected.",
     )
+
+
+def same_json(one: str, other: str) -> bool:
+    """Whether two JSON texts say the same; an object's keys have no order."""
+    return _sorted(one) == _sorted(other)
+
+
+def _sorted(text: str) -> str:
+    return json.dumps(from_json(text), sort_keys=True)
 
 
 def printable(reason: str) -> str:

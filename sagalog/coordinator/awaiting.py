@@ -15,6 +15,7 @@ from sagalog.coordinator.bus import CommandBus, OnUnknown
 from sagalog.coordinator.context import AsyncSagaContext
 from sagalog.coordinator.effects import (
     Call,
+    Cancelled,
     Effect,
     Invoke,
     OutOfTime,
@@ -175,6 +176,11 @@ class AsyncSagaCoordinator(Shell):
             if limit.expired():
                 raise OutOfTime(f"its handler outlived its timeout of {effect.handler.timeout} s") from error
             raise
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise Cancelled("its handler let the cancellation of something else out") from error
 
     async def _called(self, effect: Invoke[Any]) -> Any:
         handler = effect.handler

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
-from sagalog.coordinator.commands import Retry
+from sagalog.coordinator.commands import Retry, is_seconds
 from sagalog.coordinator.signature import (
     NOT_SAID,
     Signature,
@@ -48,6 +47,7 @@ class Handler:
     pivot: bool
     transactional: bool
     _read_output: Callable[[str | None, int, int], Any]
+    _exact: type[Any] | None
 
     @property
     def cmd_type(self) -> type[Any]:
@@ -66,6 +66,10 @@ class Handler:
     def read_output(self, text: str | None, saga_id: int, step_index: int) -> Any:
         """What the log holds of the handler's answer, as the handler returned it."""
         return self._read_output(text, saga_id, step_index)
+
+    def is_read_back_as(self, value: Any) -> bool:
+        """Whether the log will surely give an answer back as it is: it is of the one class that is annotated."""
+        return self._exact is not None and (value is None or type(value) is self._exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +167,7 @@ class CommandBus:
                     pivot=pivot,
                     transactional=transactional,
                     _read_output=reader_of(signature.returns),
+                    _exact=signature.exact,
                 ),
                 idempotent=idempotent,
             )
@@ -218,6 +223,10 @@ class CommandBus:
             UnusableHandler: There is none.
         """
         handler = self._by_type.get(type(cmd))
+        if handler is None and isinstance(cmd, type):
+            raise UnusableHandler(
+                f"dispatch of {cmd.__name__}", "it is a class, and no command", hint=f"Make one: {cmd.__name__}(...)."
+            )
         if handler is None:
             raise UnusableHandler(
                 f"dispatch of {type(cmd).__name__}",
@@ -294,8 +303,8 @@ def _check_alone(handler: Handler, *, idempotent: bool) -> None:
         problem, hint = "rejects= holds what is no type of Exception", "Use rejects=(CardDeclined,)."
     elif handler.retry is not None and not isinstance(handler.retry, Retry):
         problem, hint = f"retry={handler.retry!r}", "Use retry=Retry(attempts=5)."
-    elif not (0 < handler.timeout < math.inf and 0 <= handler.settle < math.inf):
-        problem, hint = f"timeout={handler.timeout}, settle={handler.settle}", "Both are seconds, timeout above 0."
+    elif not (is_seconds(handler.timeout) and (handler.settle == 0 or is_seconds(handler.settle))):
+        problem, hint = f"timeout={handler.timeout!r}, settle={handler.settle!r}", "Both are seconds, timeout above 0."
     elif handler.on_unknown not in (None, "stop", "compensate"):
         problem, hint = f"on_unknown={handler.on_unknown!r}", 'Use "stop" or "compensate".'
     elif handler.read_only and handler.pivot:

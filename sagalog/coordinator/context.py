@@ -87,7 +87,7 @@ class SagaContext:
         return flows.new_uuid(self._run)
 
     def record(self, name: str, function: Callable[[], T]) -> T:
-        """What a function returns, as a JSON value; on a resume it is not called again.
+        """What a function returns, as a JSON value; once it returned, it is not called again on a resume.
 
         Args:
             name: What it is, for the log.

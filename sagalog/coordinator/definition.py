@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sagalog.coordinator.commands import is_seconds
 from sagalog.coordinator.signature import NOT_SAID, is_async, name_of, resolved
 from sagalog.errors import PayloadError, UnusableHandler
 from sagalog.payload import check_text, decode, decode_as
@@ -109,8 +110,10 @@ def define(
         problem, hint = "it is not async", "Write async def, or register it with a SagaCoordinator."
     elif isinstance(version, bool) or not isinstance(version, int) or version < 0:
         problem, hint = f"version={version!r}", "A version is an int from 0."
-    elif timeout is not None and timeout <= 0:
-        problem, hint = f"timeout={timeout}", "Seconds, above 0."
+    elif timeout is not None and not is_seconds(timeout):
+        problem, hint = f"timeout={timeout!r}", "Seconds, above 0, or None for no end."
+    elif not isinstance(resumes, tuple | list | set | frozenset) or not all(type(other) is int for other in resumes):
+        problem, hint = f"resumes={resumes!r}", "Name versions: resumes=(1, 2)."
     if problem:
         raise UnusableHandler(asked, problem, hint=hint)
     takes_input = len(parameters) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from sagalog.coordinator.trying import (
     Doubt,
     Refused,
     Succeeded,
+    cut_off,
     due_of,
     end_step,
     failure_of_step,
@@ -75,9 +76,10 @@ async def dispatch(run: Run, cmd: Any) -> Any:
     return await _ended(run, handler, step, begun=beginning is not None)
 
 
-async def dispatch_all(run: Run, commands: Sequence[Any]) -> list[Any]:
+async def dispatch_all(run: Run, commands: Iterable[Any]) -> list[Any]:
     """Do commands side by side; all are awaited, and then the failure of the first that failed is raised."""
     run.refuse_stopped()
+    commands = list(commands)
     handlers = [admitted(run, cmd) for cmd in commands]
     placed = [_placed(run, handler, cmd) for handler, cmd in zip(handlers, commands, strict=True)]
     beginnings = [beginning for _, beginning in placed if beginning is not None]
@@ -121,12 +123,16 @@ async def _ended(run: Run, handler: Handler, step: Step, *, begun: bool) -> Any:
         return handler.read_output(step.output_json, run.saga_id, step.index)
     if step.state is StepState.FAILED:
         raise failure_of_step(run, step, Refused(recorded_reason(run, step), None))
-    if begun:
-        outcome = await tried(run, handler, step, step.cmd, retry_of(handler))
-        if not isinstance(outcome, Doubt):
-            await end_step(run, handler, step, outcome)
-    else:
-        outcome = await known(run, handler, step, step.cmd)
+    try:
+        if begun:
+            outcome = await tried(run, handler, step, step.cmd, retry_of(handler))
+            if not isinstance(outcome, Doubt):
+                outcome = await end_step(run, handler, step, outcome)
+        else:
+            outcome = await known(run, handler, step, step.cmd)
+    except BaseException:
+        cut_off(run, step)
+        raise
     if isinstance(outcome, Succeeded):
         return outcome.value
     failure = failure_of_step(run, step, outcome)
@@ -145,13 +151,23 @@ def _recorded(run: Run, index: int, name: str, text: str) -> Step | None:
     step = run.replay.pop(index, None)
     if step is None:
         return None
-    same = step.name == name and decode(step.cmd_json, "cmd_json", run.saga_id, index) == decode(
-        text, "cmd_json", run.saga_id, index
-    )
+    same = step.name == name and _same(run, step, text)
     if same and step.state is not StepState.COMPENSATED:
         return step
     found = "is undone" if step.state is StepState.COMPENSATED else "holds another command"
     raise run.stop(differs(run, index, f"the log {found} there ({step.name}), and the function dispatches {name}"))
+
+
+def _same(run: Run, step: Step, text: str) -> bool:
+    """Whether two commands are equal, as JSON or as objects: what a set of strings looks like differs by process."""
+    held, asked = (decode(json, "cmd_json", run.saga_id, step.index) for json in (step.cmd_json, text))
+    if held == asked:
+        return True
+    handler = run.handler_named(step.name)
+    if handler is None:
+        return False
+    read = [handler.read_cmd(json, run.saga_id, step.index) for json in (step.cmd_json, text)]
+    return bool(read[0] == read[1])
 
 
 def differs(run: Run, index: int | None, problem: str) -> Stopped:

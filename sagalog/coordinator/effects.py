@@ -107,6 +107,10 @@ class OutOfTime(Exception):
     """A handler was stopped at its timeout: never a rejection, whatever types its `rejects=` names."""
 
 
+class Cancelled(Exception):
+    """A handler raised CancelledError, and nobody cancelled its task."""
+
+
 class Sleep(Effect[None]):
     """Wait so many seconds, with nothing held."""
 

@@ -48,6 +48,7 @@ class Executor:
         self.label = self._label or f"{socket.gethostname()}:{os.getpid()}"
         self.executor_id = uuid.uuid4().hex
         self.active: dict[int, Fence] = {}
+        self.given_up: set[Fence] = set()
         self.coming: set[object] = set()
         self._wake = threading.Condition()
         self._watched: dict[int, tuple[float, Fence, int, float]] = {}
@@ -169,29 +170,32 @@ class Executor:
                 operation = owning.give_up(
                     fence, step_index, "its handler outlived its timeout", now_ms() + int(settle * 1000)
                 )
-                if not self._attempt(apart, operation, f"saga {fence.saga_id} could not be given up"):
+                done = self._attempt(apart, operation, f"saga {fence.saga_id} could not be given up")
+                if done is None:
                     self._watched[ticket] = (now + 1.0, fence, step_index, settle)
-                elif self.active.get(fence.saga_id) is fence:
+                elif done and self.active.get(fence.saga_id) is fence:
                     del self.active[fence.saga_id]
+                    self.given_up.add(fence)
 
     def _give_back(self, apart: Apart) -> None:
         with self._wake:
             stranded, self._stranded = self._stranded, []
         for fence in stranded:
-            if not self._attempt(
-                apart, owning.release(fence, self.executor_id, counted=True), f"saga {fence.saga_id} stays here"
-            ):
+            release = owning.release(fence, self.executor_id, counted=True)
+            if self._attempt(apart, release, f"saga {fence.saga_id} stays here") is None:
                 time.sleep(min(1.0, self.lease / 10))
                 self._stranded.append(fence)
 
-    def _attempt(self, apart: Apart, operation: Operation[Any], problem: str) -> bool:
+    def _attempt(self, apart: Apart, operation: Operation[Any], problem: str) -> bool | None:
+        """Whether something was written; None if it has to be tried again."""
         try:
             apart.perform(operation)
         except SagaLogError as error:
-            if error.code not in ("lease_lost", "invalid_transition", "saga_not_found"):
-                _log.warning("executor %s: %s: %s", self.executor_id, problem, error)
+            if error.code in ("lease_lost", "invalid_transition", "saga_not_found"):
                 return False
+            _log.warning("executor %s: %s: %s", self.executor_id, problem, error)
+            return None
         except Exception:
             _log.exception("executor %s: %s", self.executor_id, problem)
-            return False
+            return None
         return True

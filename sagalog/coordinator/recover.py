@@ -163,7 +163,7 @@ def may_resume(recovery: Recovery, run: Run, record: Stored) -> bool:
 
 
 def _pivot_is_done(run: Run) -> bool:
-    return any(run.is_pivot(step) and step.state is StepState.SUCCEEDED for step in run.steps.values())
+    return any(step.state is StepState.SUCCEEDED for step in run.pivots())
 
 
 def _cannot_resume(run: Run, record: Stored) -> str:

@@ -124,6 +124,7 @@ class Run:
         patient: Whether to wait until nothing of a step in doubt can be under way; recovery leaves the saga instead.
         again: Whether an operator wants what is in doubt to be sent again, once, under its key.
         reached_pivot: Whether it only goes forward.
+        unsure: Whether the log may hold what this process does not know of: a write was cut off.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Run:
         self.again = again
         self.steps: dict[int, Step] = {step.index: step for step in steps}
         self.stopped: BaseException | None = None
+        self.unsure = False
         self.over = False
         self._pid = os.getpid()
         self._held: list[Operation[None]] = []
@@ -179,15 +181,22 @@ class Run:
         """The handler of a row's command; None if no handler of this process has that name."""
         return self.policy.bus.named(name)
 
-    def is_pivot(self, step: Step) -> bool:
-        """Whether the saga only goes forward after it."""
+    def pivots(self) -> list[Step]:
+        """The forward steps that cannot be undone, and succeeded or are in doubt: after them it only goes forward."""
+        if not self.policy.bus.has_pivots:
+            return []
+        return [step for step in self.forward() if step.open and self._is_pivot(step)]
+
+    def _is_pivot(self, step: Step) -> bool:
         handler = self.handler_named(step.name)
-        return handler is not None and handler.pivot and step.open
+        if handler is None or not handler.pivot:
+            return False
+        return step.state is StepState.SUCCEEDED or not handler.does_nothing_unless_it_ends
 
     @property
     def reached_pivot(self) -> bool:
         """Whether a step that cannot be undone succeeded, or is in doubt."""
-        return self.policy.bus.has_pivots and any(self.is_pivot(step) for step in self.steps.values())
+        return bool(self.pivots())
 
     def unknown_policy(self, handler: Handler) -> OnUnknown:
         """What becomes of a step of this handler that stays in doubt."""
@@ -287,6 +296,13 @@ class Run:
             name = f"{self.name} of saga {self.saga_id}"
             problem = f"it was asked to cancel: {asked.reason}"
             raise self.stop(Stopped(name, problem, saga_id=self.saga_id, found="cancel", outcome="")) from None
+        except SagaLogError:
+            raise
+        except BaseException:
+            self.unsure = True
+            problem = f"{operation.asked} was cut off, and may be in the log"
+            self.stop(Stopped(f"{self.name} of saga {self.saga_id}", problem, saga_id=self.saga_id, outcome=""))
+            raise
 
 
 async def again(operation: Operation[R]) -> R:

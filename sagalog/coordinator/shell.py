@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 from sagalog.coordinator.bus import CommandBus, OnUnknown
+from sagalog.coordinator.commands import is_seconds
 from sagalog.coordinator.definition import define
 from sagalog.coordinator.effects import (
     Effect,
@@ -79,8 +80,9 @@ class Shell:
         ):
             if value not in allowed:
                 raise UnusableHandler(asked, f"{name}={value!r}", hint=f"Use one of {', '.join(allowed)}.")
-        if lease <= 0 or max_recoveries < 0:
-            raise UnusableHandler(asked, f"lease={lease}, max_recoveries={max_recoveries}", hint="Both are positive.")
+        if not is_seconds(lease) or max_recoveries < 0:
+            problem = f"lease={lease!r}, max_recoveries={max_recoveries}"
+            raise UnusableHandler(asked, problem, hint="A lease is seconds above 0, max_recoveries a number from 0.")
 
     @property
     def _placement(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Signature:
     Attributes:
         wants: What to call it with.
         cmd_type: The command's class.
-        returns: The annotation of what it returns, or `NOT_SAID`.
+        returns: The annotation of what it returns, or else what its command says by `Command[...]`, or `NOT_SAID`.
         is_async: Whether calling it gives an awaitable.
     """
 
@@ -33,6 +33,14 @@ class Signature:
     cmd_type: type[Any]
     returns: Any
     is_async: bool
+
+    @property
+    def exact(self) -> type[Any] | None:
+        """The one class of all answers, as far as there is one."""
+        one = without_none(self.returns)
+        if one is None:
+            return _NONE
+        return one if isinstance(one, type) and not _is_list(one) and one not in (NOT_SAID, Any) else None
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -111,7 +119,9 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
             )
     if cmd_type is None:
         raise UnusableHandler(name_of(function), "it takes no command", hint="Annotate its first parameter.")
-    return Signature(tuple(wants), cmd_type, signature.return_annotation, is_async(function))
+    said = signature.return_annotation
+    returns = event_type(cmd_type) if said is NOT_SAID else said
+    return Signature(tuple(wants), cmd_type, returns, is_async(function))
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -180,6 +190,8 @@ def reader_of(returns: Any) -> Callable[[str | None, int, int], Any]:
     held = kind if returns_list else list[kind]  # type: ignore[valid-type]
 
     def read(text: str | None, saga_id: int, step_index: int) -> Any:
+        if text is None:
+            return [] if returns_list else None  # a person said that it succeeded
         events = decode_as(held, text, "output_json", saga_id, step_index)
         if returns_list or (unsaid and len(events) > 1):
             return events

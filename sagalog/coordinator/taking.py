@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from sagalog.moments import now_ms
 _log = logging.getLogger("sagalog")
 _PAGE = 1000
 _FAIRNESS = 4
+_LOOK_BACK_MS = 1000
 _FORGOTTEN_AFTER_MS = 24 * 3600 * 1000
 _FIRST_PAUSE_MS, _LONGEST_PAUSE_MS = 500, 30_000
 
@@ -42,10 +44,12 @@ class TakingCore(Core):
     Attributes:
         _not_before: Until when nothing can be done for a saga, for a step may still be under way.
         _pauses: Until when a worker leaves a saga alone for which nothing could be done; `recover` tries it at once.
+        _look_back_at: When a worker looks for sagas that were left before it looks for submitted ones.
     """
 
     _not_before: dict[int, int] = field(default_factory=dict)
     _pauses: dict[int, int] = field(default_factory=dict)
+    _look_back_at: int = 0
 
     async def recover(self, limit: int | None, *, adopt: bool) -> RecoveryReport:
         """Take over what was left, one saga after the other."""
@@ -76,7 +80,13 @@ class TakingCore(Core):
         record = await Write(reading.stored(saga_id, "retry"))
         self.definition_of(record.name)
         recovery = Recovery(
-            self.policy, self.definitions, self.on_crash, self.max_recoveries, self.executor.executor_id, again
+            # The person's word is one take-over, however few are allowed.
+            self.policy,
+            self.definitions,
+            self.on_crash,
+            max(1, self.max_recoveries),
+            self.executor.executor_id,
+            again,
         )
         target = forward_or_back(recovery, record)
         epoch = await Write(reopening.reopen(saga_id, target, note=note, actor=actor, again=again))
@@ -153,22 +163,31 @@ class TakingCore(Core):
                 raise
             return None
 
-    async def find_work(self, free: int, busy: set[int]) -> list[Job]:
+    async def find_work(self, free: int, busy: Set[int]) -> list[Job]:
         """At most `free` sagas that a worker could start or take over now; others may be faster."""
         await self.registered()
-        jobs = [Job(seen, submitted=True) for seen in _some(await self._submitted(free, busy), free)]
-        if len(jobs) < free:
-            now = now_ms()
-            self._pauses = {saga_id: until for saga_id, until in self._pauses.items() if until > now}
-            passed = busy | self._pauses.keys()
-            most = (free - len(jobs)) * _FAIRNESS
-            page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most)
-            while full and not page:
-                page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most)
-            jobs += [Job(seen, submitted=False) for seen in _some(page, free - len(jobs))]
+        now = now_ms()
+        jobs: list[Job] = []
+        looks_back = now >= self._look_back_at
+        if looks_back:
+            # However many are submitted: what was left is undone as well.
+            self._look_back_at = now + _LOOK_BACK_MS
+            jobs = await self._left_over(now, max(1, free // 2), busy)
+        started = free - len(jobs)
+        jobs += [Job(seen, submitted=True) for seen in _some(await self._submitted(started, busy), started)]
+        if len(jobs) < free and not looks_back:
+            jobs += await self._left_over(now, free - len(jobs), busy)
         return jobs
 
-    async def _submitted(self, free: int, busy: set[int]) -> list[Candidate]:
+    async def _left_over(self, now: int, most: int, busy: Set[int]) -> list[Job]:
+        self._pauses = {saga_id: until for saga_id, until in self._pauses.items() if until > now}
+        passed = busy | self._pauses.keys()
+        page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most * _FAIRNESS)
+        while full and not page:
+            page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most * _FAIRNESS)
+        return [Job(seen, submitted=False) for seen in _some(page, most)]
+
+    async def _submitted(self, free: int, busy: Set[int]) -> list[Candidate]:
         """Submitted sagas that this process knows, however many stand before them that it does not."""
         limit = free * _FAIRNESS + len(busy)
         while True:

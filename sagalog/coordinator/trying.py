@@ -6,17 +6,18 @@ from typing import Any, Final, NamedTuple
 
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
-from sagalog.coordinator.effects import Info, Invoke, OutOfTime, Sleep
+from sagalog.coordinator.effects import Info, Invoke, OutOfTime, Sleep, Write
 from sagalog.coordinator.run import Run, Step
 from sagalog.coordinator.signature import events_of
 from sagalog.errors import (
+    InvalidTransition,
     LeaseLost,
     LogUnavailable,
     PayloadError,
     StepFailed,
     StepRejected,
 )
-from sagalog.log import owned_steps
+from sagalog.log import owned_steps, reading
 from sagalog.log.database import Operation
 from sagalog.moments import now_ms
 from sagalog.payload import encode, printable
@@ -51,7 +52,10 @@ Outcome = Succeeded | Refused | Doubt
 
 def reason_of(error: BaseException) -> str:
     """What an exception says, for the log."""
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:
+        text = ""  # an exception of the application's that cannot be shown
     if isinstance(error, StepRejected):
         return printable(text) or "rejected"
     return printable(f"{type(error).__name__}: {text}" if text else type(error).__name__)
@@ -64,15 +68,17 @@ async def tried(
     run: Run, handler: Handler, step: Step, cmd: Any, retry: Retry, compensates: Compensates | None = None
 ) -> Outcome:
     """Call a step's handler until its outcome is known, or its tries are used up."""
-    attempt = 1
+    attempt, stretched = 1, 1
     key = run.key_of(step.index) if compensates is None else f"{compensates.idempotency_key}:undo"
     transactional = handler.transactional
     while True:
         now = now_ms()
         while step.deadline_at is not None and now >= step.deadline_at:
             # A process that slept since it wrote the step owns the saga still, or does not call its handler.
-            step.deadline_at = due_of(handler, now)
+            # Where a write takes longer than the handler may, there is more time from try to try.
+            step.deadline_at = now + stretched * (due_of(handler, now) - now)
             await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
+            stretched *= 2
             now = now_ms()
         info = Info(run.saga_id, step.index, attempt, now + int(handler.timeout * 1000), key, compensates)
         ending = _Ending(run, step, undo=compensates is not None) if transactional else None
@@ -90,11 +96,16 @@ async def tried(
                 return Refused(reason_of(error), error)
             failed = error
         else:
-            if ending is not None:
-                return Succeeded(value, ending.text)
             try:
-                return Succeeded(value, encode(events_of(value), handler.name, run.saga_id, step.index))
+                text = (
+                    encode(events_of(value), handler.name, run.saga_id, step.index) if ending is None else ending.text
+                )
+                if not handler.is_read_back_as(value):
+                    value = handler.read_output(text, run.saga_id, step.index)  # what a resume will answer
+                return Succeeded(value, text)
             except PayloadError as error:
+                if handler.read_only:
+                    return Refused(reason_of(error), error)
                 # It happened, and what it returned cannot be held: to try again would not help.
                 await _note_doubt(run, handler, step, error, 0.0)
                 return Doubt(reason_of(error), error)
@@ -142,21 +153,37 @@ def retry_of(handler: Handler) -> Retry:
     return handler.retry or (Retry() if handler.transactional else ONCE)
 
 
-async def end_step(run: Run, handler: Handler, step: Step, outcome: Succeeded | Refused) -> None:
-    """Record what is known of a forward step."""
+async def end_step(run: Run, handler: Handler, step: Step, outcome: Succeeded | Refused) -> Succeeded | Refused:
+    """Record what is known of a forward step; returns what is recorded."""
+    if isinstance(outcome, Refused):
+        outcome = await fail(run, handler, step, outcome)
+    elif not handler.transactional:
+        await run.written(owned_steps.finish_step(run.fence, step.index, outcome.text))
     if isinstance(outcome, Succeeded):
-        if not handler.transactional:
-            await run.written(owned_steps.finish_step(run.fence, step.index, outcome.text))
         step.state, step.output_json = StepState.SUCCEEDED, outcome.text
-    else:
-        await fail(run, step, outcome.reason)
+    return outcome
 
 
-async def fail(run: Run, step: Step, reason: str) -> None:
-    """Record that a step did nothing."""
-    await run.written(owned_steps.fail_step(run.fence, step.index, reason))
+async def fail(run: Run, handler: Handler, step: Step, refused: Refused) -> Succeeded | Refused:
+    """Record that a step did nothing; or find that its transaction was committed when its time was up."""
+    try:
+        await run.written(owned_steps.fail_step(run.fence, step.index, refused.reason))
+    except InvalidTransition as error:
+        if not handler.transactional or error.found not in (StepState.SUCCEEDED, StepState.COMPENSATED):
+            raise
+        record = await Write(reading.stored(run.saga_id))
+        text = next(held.output_json for held in record.steps if held.step_index == step.index) or "[]"
+        return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
     step.state = StepState.FAILED
-    step.output_json = encode({"error": reason}, "fail_step", run.saga_id, step.index)
+    step.output_json = encode({"error": refused.reason}, "fail_step", run.saga_id, step.index)
+    return refused
+
+
+def cut_off(run: Run, step: Step) -> None:
+    """A call that was left in the middle (its task was cancelled, say) is in doubt; nothing goes on after it."""
+    if step.state is StepState.PENDING:
+        step.error = step.error or "it was cut off"
+        run.stop(failure_of_step(run, step, Doubt(step.error, None)))
 
 
 async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bool = True) -> Outcome:
@@ -179,9 +206,7 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
         outcome = await tried(run, handler, step, cmd, retry_of(handler))
     else:
         return Doubt(step.error or "its process died before its outcome was known", None)
-    if not isinstance(outcome, Doubt):
-        await end_step(run, handler, step, outcome)
-    return outcome
+    return outcome if isinstance(outcome, Doubt) else await end_step(run, handler, step, outcome)
 
 
 def due_of(handler: Handler, now: int) -> int:

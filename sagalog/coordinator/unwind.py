@@ -15,6 +15,7 @@ from sagalog.coordinator.trying import (
     Doubt,
     Refused,
     Succeeded,
+    cut_off,
     due_of,
     fail,
     failure_of_step,
@@ -77,7 +78,7 @@ async def unwind(run: Run, reason: str) -> End:
         LeaseLost, LogUnavailable: The saga is not, or cannot be, written any more.
     """
     try:
-        if any(step.state is StepState.PENDING for step in run.steps.values()):
+        if run.unsure or any(step.state is StepState.PENDING for step in run.steps.values()):
             await _reload(run)
         _refuse_unknown(run)
         begun = run.state is SagaState.COMPENSATING
@@ -86,12 +87,16 @@ async def unwind(run: Run, reason: str) -> End:
             await run.flush()
         await _settle_doubts(run, begun=begun)
         if run.reached_pivot:
-            return await to_person(run, f"{reason}; a step that cannot be undone succeeded, or is in doubt")
+            return await to_person(run, _also(reason, "a step that cannot be undone succeeded, or is in doubt"))
         if any(step.open for step in run.steps.values()):
             _begin(run, reason)
         for step in run.forward():
             if step.open:
                 await _undo(run, step)
+        for index in sorted(run.undos):
+            undo = run.steps.get(index)
+            if undo is not None and undo.open:
+                _mark(run, undo)  # a person said of what it undoes how that ended
     except Unknown as unknown:
         await run.flush()
         return End(run.state, reason, waits=str(unknown))
@@ -99,12 +104,17 @@ async def unwind(run: Run, reason: str) -> End:
         await run.flush()
         return End(run.state, reason, waits=str(early), until=early.until)
     except PayloadError as unreadable:
-        return await to_person(run, f"{reason}; {unreadable}")
+        return await to_person(run, _also(reason, str(unreadable)))
     except _Blocked as blocked:
-        return await to_person(run, reason if str(blocked) == reason else f"{reason}; {blocked}")
+        return await to_person(run, _also(reason, str(blocked)))
     await run.written(owning.compensated(run.fence, reason))
     run.state = SagaState.COMPENSATED
     return End(run.state, reason)
+
+
+def _also(reason: str, more: str) -> str:
+    """A reason with another; one that it holds already, of an earlier try, is not said again."""
+    return reason if more in reason else f"{reason}; {more}"
 
 
 def _begin(run: Run, reason: str) -> None:
@@ -132,7 +142,9 @@ async def _reload(run: Run) -> None:
         before = run.steps.get(step.index)
         if before is not None:
             step.cmd, step.tries = before.cmd, before.tries
+            step.error = step.error or before.error
         run.steps[step.index] = step
+    run.unsure = False
 
 
 def _handler(run: Run, step: Step) -> Handler:
@@ -312,9 +324,13 @@ async def undo_until_known(
     undone = [step for step in run.steps.values() if step.compensated_by == undo.index]
     newest = max(step.index for step in undone)
     compensates = Compensates(newest, run.key_of(newest))
-    outcome = await tried(run, handler, undo, cmd, retry, compensates)
-    if isinstance(outcome, Refused):
-        await fail(run, undo, outcome.reason)
+    try:
+        outcome = await tried(run, handler, undo, cmd, retry, compensates)
+        if isinstance(outcome, Refused):
+            outcome = await fail(run, handler, undo, outcome)
+    except BaseException:
+        cut_off(run, undo)
+        raise
     if not isinstance(outcome, Succeeded):
         raise failure_of_step(run, undo, outcome)
     if not handler.transactional:
@@ -363,11 +379,15 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
 
 def _chosen(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> list[Step]:
     asked = f"compensate with {type(cmd).__name__} in saga {run.saga_id}"
-    done = [step for step in run.forward() if step.state is StepState.SUCCEEDED and not step.own]
+    done = [
+        step for step in run.forward() if step.state is StepState.SUCCEEDED and not step.own and not _reads(run, step)
+    ]
     if undoes is None:
         if not done:
             raise UnusableHandler(asked, "no step is there to be undone", hint="Dispatch comes first.")
-        return done[:1]
+        undoes = [done[0].cmd]
+    if not isinstance(undoes, list | tuple):
+        raise UnusableHandler(asked, f"undoes= is a {type(undoes).__name__}", hint="It is a list of commands.")
     chosen = []
     for wanted in undoes:
         found = next((step for step in done if step.cmd is wanted), None) or next(
@@ -377,13 +397,22 @@ def _chosen(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> list[Step]:
             raise UnusableHandler(
                 asked,
                 f"a {type(wanted).__name__} in undoes= was not dispatched by this saga, did not succeed, or is undone",
-                hint="Name commands that ctx.dispatch() was called with.",
+                hint="Name commands that ctx.dispatch() was called with, and that change something.",
+            )
+        if found in run.pivots():
+            raise UnusableHandler(
+                asked, f"step {found.index} ({found.name}) is a pivot", hint="What cannot be undone is not named."
             )
         chosen.append(found)
         done.remove(found)
     if not chosen:
         raise UnusableHandler(asked, "undoes= is empty", hint="Name the commands, or leave it out for the newest.")
     return chosen
+
+
+def _reads(run: Run, step: Step) -> bool:
+    handler = run.handler_named(step.name)
+    return handler is not None and handler.read_only
 
 
 def why(error: BaseException) -> str:

@@ -33,11 +33,29 @@ class _Slots:
         self.core = core
         self.concurrency = concurrency
         self.poll = poll
-        self.busy: set[int] = set()
+        self.busy: dict[int, Job] = {}
 
-    @property
-    def free(self) -> int:
-        return self.concurrency - len(self.busy)
+    async def more(self) -> list[Job]:
+        """What to begin now."""
+        self._forget_given_up()
+        free = self.concurrency - len(self.busy)
+        found = await self.core.find_work(free, self.busy.keys()) if free > 0 else []
+        self.busy.update((job.seen.saga_id, job) for job in found)
+        return found
+
+    def over(self, job: Job) -> None:
+        """One is done; its saga may have been given up, and begun again by another job."""
+        if self.busy.get(job.seen.saga_id) is job:
+            del self.busy[job.seen.saga_id]
+
+    def _forget_given_up(self) -> None:
+        """A handler that hangs in its thread holds no slot, once its saga is given up."""
+        given_up = self.core.executor.given_up
+        for fence in list(given_up):
+            job = self.busy.get(fence.saga_id)
+            if job is not None and job.seen.epoch + 1 == fence.epoch:
+                del self.busy[fence.saga_id]
+            given_up.discard(fence)
 
     def told(self, job: Job, error: BaseException) -> None:
         """Note what a saga raised; the worker goes on."""
@@ -129,14 +147,10 @@ class Worker:
         while not self._stopping:
             found: list[Job] = []
             try:
-                if self._slots.free:
-                    found = drive(
-                        self._slots.core.find_work(self._slots.free, self._slots.busy), self._coordinator._perform
-                    )
+                found = drive(self._slots.more(), self._coordinator._perform)
             except Exception:
                 _log.exception("looking for sagas failed; the worker goes on")
             for job in found:
-                self._slots.busy.add(job.seen.saga_id)
                 threading.Thread(target=self._do, args=(job,), name="sagalog-saga", daemon=True).start()
             with self._wake:
                 if not self._told and not self._stopping:
@@ -150,7 +164,7 @@ class Worker:
             self._slots.told(job, error)
         finally:
             with self._wake:
-                self._slots.busy.discard(job.seen.saga_id)
+                self._slots.over(job)
                 self._told = True
                 self._wake.notify_all()
 
@@ -162,7 +176,7 @@ class AsyncWorker:
         self._coordinator = coordinator
         self._slots = _Slots(coordinator._core, concurrency, poll)
         self._wake = asyncio.Event()
-        self._tasks: dict[int, asyncio.Task[Any]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._looking: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
         self._stopping = False
@@ -192,7 +206,7 @@ class AsyncWorker:
         if self._listening is not None:
             self._listening.cancel()
             await asyncio.gather(self._listening, return_exceptions=True)
-        tasks = list(self._tasks.values())
+        tasks = list(self._tasks)
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=grace)
             for task in late:
@@ -215,13 +229,13 @@ class AsyncWorker:
             self._wake.clear()
             found: list[Job] = []
             try:
-                if slots.free:
-                    found = await adrive(slots.core.find_work(slots.free, slots.busy), self._coordinator._perform)
+                found = await adrive(slots.more(), self._coordinator._perform)
             except Exception:
                 _log.exception("looking for sagas failed; the worker goes on")
             for job in found:
-                slots.busy.add(job.seen.saga_id)
-                self._tasks[job.seen.saga_id] = asyncio.create_task(self._do(job))
+                task = asyncio.create_task(self._do(job))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
             try:
                 async with asyncio.timeout(slots.poll):
                     await self._wake.wait()
@@ -234,6 +248,5 @@ class AsyncWorker:
         except Exception as error:
             self._slots.told(job, error)
         finally:
-            self._slots.busy.discard(job.seen.saga_id)
-            self._tasks.pop(job.seen.saga_id, None)
+            self._slots.over(job)
             self.wake()

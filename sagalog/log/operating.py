@@ -118,7 +118,7 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
             return
         if found not in step_sources(target):
             problem = f"the step is {found!r}, and only {' or '.join(step_sources(target))} can become {target}"
-        elif deadline is not None and deadline > now:
+        elif found == StepState.PENDING and deadline is not None and deadline > now:
             problem = f"its request may still be under way for {deadline - now} ms"
         else:
             problem = f"the saga is {head[0][1]!r}" + (f" and {head[0][7]} runs it" if head[0][7] else "")

@@ -15,7 +15,7 @@ from sagalog.log.fencing import head_of
 from sagalog.log.guarded import TRIES, Changed, Decided, saga_refused, steps_in_the_way
 from sagalog.log.statements import Statement
 from sagalog.log.statements.sagas import SagaStatements
-from sagalog.payload import MAX_SAGA_ID, Payload, check_saga_id, check_text, encode, printable
+from sagalog.payload import MAX_SAGA_ID, Payload, check_saga_id, check_text, encode, printable, same_json
 from sagalog.records import SagaOutcome
 from sagalog.states import OUTSTANDING, SagaState, saga_sources
 
@@ -122,7 +122,7 @@ class NewSaga:
                 return Drawn(made[0][0], created=True)
             if values["key_"] is not None:
                 for found in db.fetch(db.sql.saga_of_key, name_=values["name_"], key_=values["key_"]):
-                    if found[1] == values["input_"]:
+                    if found[1] == values["input_"] or same_json(found[1], values["input_"]):
                         return Drawn(found[0], created=found[3] == values["token_"])
                     raise KeyConflict(values["name_"], found[0], found[2])
             self._move_ids_on(db)

@@ -33,7 +33,8 @@ class SettlingStatements(Tables):
                 and_(one_of(OPEN_FOR_STEPS, self.saga.c.state), self.saga.c.executor_id.is_(None)),
             ),
         )
-        settled = or_(self.step.c.deadline_at.is_(None), self.step.c.deadline_at <= bind("at_"))
+        ended = self.step.c.state != literal(StepState.PENDING)
+        settled = or_(ended, self.step.c.deadline_at.is_(None), self.step.c.deadline_at <= bind("at_"))
         return Statement(
             update(self.step)
             .where(self._this_step, one_of(step_sources(target), self.step.c.state), settled)
@@ -47,7 +48,14 @@ class SettlingStatements(Tables):
 
     @cached_property
     def raise_epoch(self) -> Statement:
-        return Statement(update(self.saga).where(self._this_saga).values(epoch=self.saga.c.epoch + literal_column("1")))
+        """Who worked on a saga of a coordinator has lost it, and anybody may take it."""
+        c = self.saga.c
+        one: Any = literal_column("1")
+        return Statement(
+            update(self.saga)
+            .where(self._this_saga, c.epoch >= one)
+            .values(epoch=c.epoch + one, executor_id=literal_column("NULL"))
+        )
 
     @cached_property
     def write_audit(self) -> Statement:
