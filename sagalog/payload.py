@@ -8,7 +8,7 @@ import re
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar, cast
 
-from pydantic import TypeAdapter
+from pydantic import PydanticSchemaGenerationError, TypeAdapter
 from pydantic_core import from_json, to_json
 
 from sagalog.errors import PayloadError, where
@@ -164,6 +164,15 @@ def _stored_badly(problem: str, column: str, saga_id: int | None, step_index: in
         found=column,
         hint=f"The record's {column} holds the stored text; other sagas are not affected.",
     )
+
+
+def is_readable(kind: Any) -> bool:
+    """Whether Pydantic can read values of an annotation back from JSON."""
+    try:
+        _adapter(kind)
+    except PydanticSchemaGenerationError:
+        return False
+    return True
 
 
 def same_json(one: str, other: str) -> bool:

@@ -21,7 +21,7 @@ from sagalog.coordinator.signature import (
     without_none,
 )
 from sagalog.errors import StepRejected, UnusableHandler
-from sagalog.payload import check_text, decode_as
+from sagalog.payload import check_text, decode_as, is_readable
 
 F = TypeVar("F", bound=Callable[..., Any])
 OnUnknown: TypeAlias = Literal["stop", "compensate"]
@@ -321,6 +321,9 @@ def _check_alone(handler: Handler, *, idempotent: bool) -> None:
     elif declared is not NOT_SAID and returns is not NOT_SAID and without_none(returns) != without_none(declared):
         problem = f"it returns {_shown(returns)}, and {handler.cmd_type.__name__} says {_shown(declared)}"
         hint = "Make the two the same."
+    elif not is_readable(handler.cmd_type):
+        problem = f"its command, a {_shown(handler.cmd_type)}, cannot be read back from the log"
+        hint = "Make it a Pydantic model or a dataclass."
     if problem:
         raise UnusableHandler(who, problem, hint=hint)
 

@@ -10,7 +10,7 @@ from typing import Any
 from sagalog.coordinator.commands import is_seconds
 from sagalog.coordinator.signature import NOT_SAID, is_async, name_of, resolved
 from sagalog.errors import PayloadError, UnusableHandler
-from sagalog.payload import check_text, decode, decode_as
+from sagalog.payload import check_text, decode, decode_as, is_readable
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,13 @@ def define(
         problem, hint = f"timeout={timeout!r}", "Seconds, above 0, or None for no end."
     elif not isinstance(resumes, tuple | list | set | frozenset) or not all(type(other) is int for other in resumes):
         problem, hint = f"resumes={resumes!r}", "Name versions: resumes=(1, 2)."
+    takes_input = len(parameters) == 2
+    for kind in [parameter.annotation for parameter in parameters[1:]] if not problem else []:
+        if kind is not NOT_SAID and not is_readable(kind):
+            problem = f"its input, a {getattr(kind, '__name__', kind)}, cannot be read back from the log"
+            hint = "Make it a Pydantic model, a dataclass, or what JSON holds."
     if problem:
         raise UnusableHandler(asked, problem, hint=hint)
-    takes_input = len(parameters) == 2
     return Definition(
         name=name,
         function=function,

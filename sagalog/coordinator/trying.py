@@ -76,7 +76,7 @@ async def tried(
         while step.deadline_at is not None and now >= step.deadline_at:
             # A process that slept since it wrote the step owns the saga still, or does not call its handler.
             # Where a write takes longer than the handler may, there is more time from try to try.
-            step.deadline_at = now + stretched * (due_of(handler, now) - now)
+            step.deadline_at = now + stretched * max(1, due_of(handler, now) - now)
             await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
             stretched *= 2
             now = now_ms()
