@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -238,7 +239,7 @@ def test_a_handler_that_hangs_holds_no_slot_once_its_saga_is_given_up(sqlite_pat
 
     @bus.handler(timeout=0.2, settle=0.1, on_unknown="compensate")
     def charge(cmd: Ask) -> None:
-        ends.wait(30)
+        ends.wait(60)
 
     @bus.compensation(Ask)
     def refund_of(cmd: Ask, output: None) -> TakeBack:
@@ -262,7 +263,7 @@ def test_a_handler_that_hangs_holds_no_slot_once_its_saga_is_given_up(sqlite_pat
             first = coordinator.submit(hangs)
             while log.get(first).state == "submitted":
                 time.sleep(0.01)
-            assert coordinator.wait(coordinator.submit(quick), timeout=30) == "done"
+            assert coordinator.wait(coordinator.submit(quick), timeout=20) == "done"
             with pytest.raises(SagaFailed) as failed:
                 coordinator.wait(first, timeout=30)  # the same worker recovers it
             ends.set()
@@ -320,6 +321,7 @@ def test_a_saga_whose_step_ended_when_its_time_was_up_is_not_taken_from_its_proc
 
     @bus.handler(read_only=True)
     def look(cmd: Ask) -> None:
+        time.sleep(0.5)  # the lease's thread, too, had to wait for the file's lock
         reports.append(coordinator.recover())
 
     with SagaLog.open(sqlite_path) as log, SagaCoordinator(log, bus) as coordinator:
@@ -526,7 +528,10 @@ def resumed(stage: Stage, command: BaseModel) -> tuple[Any, Any]:
 
     with pytest.raises(Killed):
         coordinator.run("order")
-    stage.sql('UPDATE saga_step SET cmd_json = \'{"words":["b","a"]}\' WHERE name = \'Tag\'')
+    [(held,)] = stage.sql("SELECT cmd_json FROM saga_step")
+    if '"words"' in held:
+        words = json.loads(held)["words"]
+        stage.sql("UPDATE saga_step SET cmd_json = :text", text=json.dumps({"words": words[::-1]}))
     assert coordinator.recover().completed == [1]
     first, second = answers
     return first, second
