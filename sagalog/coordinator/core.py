@@ -166,6 +166,7 @@ class Core:
         finally:
             if active.get(fence.saga_id) is fence:
                 del active[fence.saga_id]
+            self.executor.given_up.discard(fence)
 
     async def _give_back(self, fence: Fence) -> None:
         try:

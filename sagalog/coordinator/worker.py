@@ -55,7 +55,7 @@ class _Slots:
             job = self.busy.get(fence.saga_id)
             if job is not None and job.seen.epoch + 1 == fence.epoch:
                 del self.busy[fence.saga_id]
-            given_up.discard(fence)
+                given_up.discard(fence)
 
     def told(self, job: Job, error: BaseException) -> None:
         """Note what a saga raised; the worker goes on."""
