@@ -11,6 +11,15 @@ _LATEST = datetime.max.replace(tzinfo=UTC)
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 
 
+_LONGEST = 10 * 365 * 24 * 3600
+"""Seconds. What ends later is not meant to end, and would not fit into the tables' integers for long."""
+
+
+def is_seconds(value: object) -> bool:
+    """Whether a value is a span of time above 0 that has an end."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LONGEST
+
+
 def now_ms() -> int:
     """This process's clock, in Unix milliseconds."""
     return time.time_ns() // 1_000_000

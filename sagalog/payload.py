@@ -176,12 +176,12 @@ def is_readable(kind: Any) -> bool:
 
 
 def same_json(one: str, other: str) -> bool:
-    """Whether two JSON texts say the same; an object's keys have no order."""
-    return _sorted(one) == _sorted(other)
-
-
-def _sorted(text: str) -> str:
-    return json.dumps(from_json(text), sort_keys=True)
+    """Whether two JSON texts say the same; an object's keys have no order, and what is no JSON is like nothing else."""
+    try:
+        sorted_one, sorted_other = (json.dumps(from_json(text), sort_keys=True) for text in (one, other))
+    except ValueError:
+        return False
+    return sorted_one == sorted_other
 
 
 def printable(reason: str) -> str:

@@ -196,6 +196,10 @@ class Stage:
         finally:
             engine.dispose()
 
+    def states(self, saga_id: int = 1) -> list[tuple[str, str]]:
+        """A saga's rows: the command and the state of each."""
+        return [(step.name, step.state) for step in self.log.get(saga_id).steps]
+
     def close(self) -> None:
         for coordinator in self._open:
             coordinator.close()
@@ -267,3 +271,38 @@ def stage_of(request: pytest.FixtureRequest, name: str) -> Iterator[Stage]:
     postgres = request.getfixturevalue("postgres_url") if name.endswith("postgres") else None
     with staged(name, request.getfixturevalue("sqlite_path"), postgres) as stage:
         yield stage
+
+
+# A saga of two steps, and what a dead process left of it
+
+
+def dies(ctx: Any) -> None:
+    raise Killed
+
+
+def placing(coordinator: Any, then: Any = None, **options: Any) -> None:
+    @coordinator.saga("place_order", **options)
+    def place_order(ctx: Any, order: Order) -> int:
+        ctx.dispatch(Reserve(sku=order.sku))
+        charged = ctx.dispatch(Charge(amount=order.amount))
+        if then is not None:
+            then(ctx)
+        return int(charged.amount)
+
+
+def left_behind(stage: Stage) -> int:
+    """A saga whose process died after its two steps, or where the shop's trouble was."""
+    coordinator = stage.coordinator()
+    placing(coordinator, dies)
+    with pytest.raises(Killed):
+        coordinator.run("place_order", Order())
+    saga_id: int = stage.log.max_saga_id()
+    return saga_id
+
+
+def recoverer(stage: Stage, then: Any = None, bus: CommandBus | None = None, **options: Any) -> Any:
+    version = options.pop("version", 1)
+    resumes = options.pop("resumes", ())
+    coordinator = stage.coordinator(bus, **options)
+    placing(coordinator, then, version=version, resumes=resumes)
+    return coordinator

@@ -301,10 +301,8 @@ def workers_together(world: World, sagas: int, processes: int, least_share: floa
     if steps != (sagas - len(undone)) * STEPS:
         problems.append(f"{steps} steps of {sagas - len(undone)} completed sagas")
     shares = Counter(int(line.split()[2]) for line in world.ledger.read_text().splitlines() if line.startswith("do "))
-    even = sagas * STEPS / processes
-    problems += [
-        f"a worker did {shares[worker.pid]} of {even:.0f}" for worker in others if shares[worker.pid] < even / 4
-    ]
+    least = least_share * sagas * STEPS / processes
+    problems += [f"a worker did {shares[worker.pid]} steps" for worker in others if shares[worker.pid] < least]
     return problems
 
 

@@ -221,11 +221,11 @@ class Outside:
         """What took effect more often under one key than the handlers' policies allow."""
         changes = [line for line in account if line.what == "done" and self.scenario.kind(line.place) != READ_ONLY]
         effects = Counter((line.verb, line.key) for line in changes)
-        most = {"do": 1, "undo": 1}
+        most: dict[str, float] = {"do": 1, "undo": 1}
         if not self.manners.knows_keys:
             # What may be repeated is sent again whenever its answer was lost.
-            most["do"] = 1000 if self.scenario.retried else 1
-            most["undo"] = 1000 if self.scenario.trouble == "undo_raises" else 1 + len(crash.points)
+            most["do"] = math.inf if self.scenario.retried else 1
+            most["undo"] = math.inf if self.scenario.trouble == "undo_raises" else 1 + len(crash.points)
         return [f"{key} took effect {times} times" for (verb, key), times in effects.items() if times > most[verb]]
 
     def _needless_person(self, crash: Crash) -> list[str]:

@@ -213,6 +213,78 @@ def test_an_async_handler_is_no_use_to_a_synchronous_coordinator() -> None:
             async def other(ctx: SagaContext) -> None: ...
 
 
+class Plain:
+    pass
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), "3", True])
+def test_a_time_that_has_no_end_or_is_none_is_refused(seconds: Any) -> None:
+    bus = CommandBus()
+    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
+        with pytest.raises(UnusableHandler, match="timeout="):
+            coordinator.saga("order", timeout=seconds)(lambda ctx: None)
+        with pytest.raises(UnusableHandler, match="timeout="):
+            bus.handler(timeout=seconds)(refund)
+        with pytest.raises(UnusableHandler, match="lease="):
+            SagaCoordinator(log, bus, lease=seconds)
+
+
+def test_what_no_log_could_give_back_is_refused() -> None:
+    bus = CommandBus()
+    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
+        with pytest.raises(UnusableHandler, match="its input, a Plain"):
+
+            @coordinator.saga("plain")
+            def plain(ctx: SagaContext, order: Plain) -> None:
+                pass
+
+        with pytest.raises(UnusableHandler, match="its command, a Plain"):
+
+            @bus.handler
+            def do(cmd: Plain) -> None:
+                pass
+
+
+def test_versions_are_named_as_several() -> None:
+    with (
+        SagaLog.open_in_memory() as log,
+        SagaCoordinator(log, CommandBus()) as coordinator,
+        pytest.raises(UnusableHandler, match=r"resumes=\(1, 2\)"),
+    ):
+        coordinator.saga("order", resumes=1)(lambda ctx: None)  # type: ignore[arg-type]
+
+
+def test_what_a_context_cannot_use_is_told_in_words() -> None:
+    bus = CommandBus()
+    bus.handler(refund)
+    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
+
+        @coordinator.saga("order")
+        def order(ctx: SagaContext) -> None:
+            with pytest.raises(UnusableHandler, match=r"Refund\(\.\.\.\)"):
+                ctx.dispatch(Refund)
+            with pytest.raises(UnusableHandler, match="undoes= is a Refund"):
+                ctx.compensate(Refund(amount=1), undoes=Refund(amount=1))  # type: ignore[arg-type]
+
+        coordinator.run(order)
+
+
+def test_commands_side_by_side_may_come_from_a_generator() -> None:
+    bus = CommandBus()
+    bus.handler(pivot=True)(refund)
+    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
+
+        @coordinator.saga("order")
+        def order(ctx: SagaContext) -> int:
+            return len(ctx.dispatch_all(Refund(amount=amount) for amount in (1, 2)))  # type: ignore[arg-type]
+
+        assert coordinator.run(order) == 2
+
+
+def refund(cmd: Refund) -> None:
+    pass
+
+
 TYPED = """
     from typing import assert_type
 

@@ -38,6 +38,13 @@ def log(migrated_url: str) -> Iterator[SagaLog]:
 # What is known of a step
 
 
+def test_a_timeout_shorter_than_a_write_is_stretched_until_the_handler_is_called(log: SagaLog) -> None:
+    shop = Shop(timeout=0.0001, settle=0.0)
+    with SagaCoordinator(log, shop.bus) as coordinator:
+        assert coordinator.run(reserving(coordinator), 1) == 1
+    assert shop.verbs == ["reserve"]
+
+
 def test_a_timeout_is_no_rejection_whatever_the_handler_rejects_with(sqlite_path: Any) -> None:
     """The request may have landed, so the step is undone."""
     bus, asked = CommandBus(), []

@@ -15,44 +15,24 @@ from sagalog import (
     Retry,
     SagaFailed,
     StepInfo,
-    StepRejected,
     WrongEnvironment,
 )
-from tests.coordinating import ON_POSTGRES, Charge, Killed, Order, Refund, Reserve, Shop, Stage, row_held
+from tests.coordinating import (
+    ON_POSTGRES,
+    Charge,
+    Killed,
+    Order,
+    Refund,
+    Reserve,
+    Shop,
+    Stage,
+    left_behind,
+    placing,
+    recoverer,
+    row_held,
+)
 
 NO_WAIT = Retry(attempts=1, initial=0)
-
-
-def dies(ctx: Any) -> None:
-    raise Killed
-
-
-def placing(coordinator: Any, then: Any = None, **options: Any) -> None:
-    @coordinator.saga("place_order", **options)
-    def place_order(ctx: Any, order: Order) -> int:
-        ctx.dispatch(Reserve(sku=order.sku))
-        charged = ctx.dispatch(Charge(amount=order.amount))
-        if then is not None:
-            then(ctx)
-        return int(charged.amount)
-
-
-def left_behind(stage: Stage) -> int:
-    """A saga whose process died after its two steps, or where the shop's trouble was."""
-    coordinator = stage.coordinator()
-    placing(coordinator, dies)
-    with pytest.raises(Killed):
-        coordinator.run("place_order", Order())
-    saga_id: int = stage.log.max_saga_id()
-    return saga_id
-
-
-def recoverer(stage: Stage, then: Any = None, bus: CommandBus | None = None, **options: Any) -> Any:
-    version = options.pop("version", 1)
-    resumes = options.pop("resumes", ())
-    coordinator = stage.coordinator(bus, **options)
-    placing(coordinator, then, version=version, resumes=resumes)
-    return coordinator
 
 
 def test_what_stops_a_process_undoes_nothing_and_recovery_does(stage: Stage) -> None:
@@ -113,38 +93,6 @@ def test_an_undo_that_is_done_stays_done_when_the_next_is_refused(stage: Stage) 
     assert shop.calls == ["reserve", "charge", "refund"]
 
 
-def refund_in_doubt(stage: Stage, word: str) -> tuple[Shop, int]:
-    """A saga whose undo an operator has settled so, and how often it was tried."""
-    shop = Shop(stage.bus)
-    shop.fails("refund", *[ConnectionError("no answer")] * 5)
-    coordinator = stage.coordinator()
-    placing(coordinator, lambda ctx: ctx.dispatch("nonsense"))
-    with pytest.raises(SagaFailed) as failed:
-        coordinator.run("place_order", Order())
-    assert failed.value.outcome == "failed_compensation"
-    stage.sql("UPDATE saga_step SET deadline_at = 1")
-    stage.log.resolve_step(1, 2, word, note="the bank shows it", actor="ann")
-    return shop, shop.calls.count("refund")
-
-
-@pytest.mark.parametrize("word", ["succeeded", "compensated"])
-def test_an_undo_in_doubt_that_an_operator_knows_to_be_done_is_not_done_again(stage: Stage, word: str) -> None:
-    shop, tries = refund_in_doubt(stage, word)
-    assert recoverer(stage).retry(1, note="go on", actor="ann").state == "compensated"
-    assert [step.state for step in stage.log.get(1).steps] == ["compensated"] * 4
-    assert (shop.calls.count("refund"), shop.calls[-1]) == (tries, "release")
-
-
-def test_an_undo_in_doubt_that_an_operator_knows_to_have_failed_is_done_anew_under_its_key(stage: Stage) -> None:
-    shop, tries = refund_in_doubt(stage, "failed")
-    assert recoverer(stage).retry(1, note="go on", actor="ann").state == "compensated"
-    assert [(step.name, step.state) for step in stage.log.get(1).steps] == [
-        ("Reserve", "compensated"), ("Charge", "compensated"), ("Refund", "failed"), ("Refund", "compensated"),
-        ("Release", "compensated"),
-    ]  # fmt: skip
-    assert (shop.calls.count("refund"), len(shop.keys["refund"])) == (tries + 1, 1)
-
-
 def test_an_undo_that_its_handler_itself_calls_done_is_done(stage: Stage) -> None:
     class Eager(Shop):
         def refund(self, cmd: Refund, step: StepInfo) -> None:
@@ -158,100 +106,6 @@ def test_an_undo_that_its_handler_itself_calls_done_is_done(stage: Stage) -> Non
         coordinator.run("place_order", Order())
     assert failed.value.outcome == "compensated"
     assert shop.calls == ["reserve", "charge", "refund", "release"]
-
-
-def test_resume_answers_what_is_recorded_and_goes_on(stage: Stage) -> None:
-    shop = Shop(stage.bus)
-    saga_id = left_behind(stage)
-    report = recoverer(stage, on_crash="resume").recover()
-    assert report.completed == [saga_id]
-    assert shop.calls == ["reserve", "charge"]
-    assert stage.log.get(saga_id).result == 7
-
-
-def test_resume_raises_a_recorded_refusal_again(stage: Stage) -> None:
-    shop = Shop(stage.bus)
-    shop.fails("charge", StepRejected("declined"))
-    reasons: list[str] = []
-    lives = iter([Killed(), None])
-
-    def careful(coordinator: Any) -> None:
-        @coordinator.saga("place_order")
-        def place_order(ctx: Any, order: Order) -> str:
-            ctx.dispatch(Reserve(sku=order.sku))
-            try:
-                ctx.dispatch(Charge(amount=1))
-            except Exception as error:
-                reasons.append(f"{error.kind} {error.reason}")  # type: ignore[attr-defined]
-            died = next(lives)
-            if died is not None:
-                raise died
-            return "without paying"
-
-    first = stage.coordinator()
-    careful(first)
-    with pytest.raises(Killed):
-        first.run("place_order", Order())
-    second = stage.coordinator(on_crash="resume")
-    careful(second)
-    assert len(second.recover().completed) == 1
-    assert reasons == ["failed declined"] * 2
-    assert shop.calls == ["reserve", "charge"]
-
-
-def test_a_function_that_differs_from_the_log_is_undone_and_never_guessed_over(stage: Stage) -> None:
-    shop = Shop(stage.bus)
-    saga_id = left_behind(stage)
-    coordinator = stage.coordinator(on_crash="resume")
-
-    @coordinator.saga("place_order")
-    def place_order(ctx: Any, order: Order) -> None:
-        ctx.dispatch(Reserve(sku="another"))
-
-    assert coordinator.recover().compensated == [saga_id]
-    assert "holds another command" in stage.log.get(saga_id).failure_reason
-    assert shop.calls == ["reserve", "charge", "refund", "release"]
-
-
-def test_a_function_that_asks_for_less_than_the_log_holds_is_undone(stage: Stage) -> None:
-    Shop(stage.bus)
-    saga_id = left_behind(stage)
-    coordinator = stage.coordinator(on_crash="resume")
-
-    @coordinator.saga("place_order")
-    def place_order(ctx: Any, order: Order) -> None:
-        ctx.dispatch(Reserve(sku=order.sku))
-
-    assert coordinator.recover().compensated == [saga_id]
-    assert "did not ask for again" in stage.log.get(saga_id).failure_reason
-
-
-@pytest.mark.parametrize(("resumes", "outcome"), [((), "compensated"), ((1,), "completed")])
-def test_only_named_versions_are_resumed_and_all_are_undone(stage: Stage, resumes: Any, outcome: str) -> None:
-    Shop(stage.bus)
-    saga_id = left_behind(stage)
-    recoverer(stage, on_crash="resume", version=2, resumes=resumes).recover()
-    assert stage.log.get(saga_id).state == outcome
-
-
-def test_after_a_pivot_recovery_goes_forward_whatever_on_crash_says(stage: Stage) -> None:
-    shop = Shop(stage.bus, pivot=True)
-    saga_id = left_behind(stage)
-    assert recoverer(stage, on_crash="compensate").recover().completed == [saga_id]
-    assert shop.calls == ["reserve", "charge"]
-
-
-def test_after_a_pivot_a_difference_goes_to_a_person(stage: Stage) -> None:
-    shop = Shop(stage.bus, pivot=True)
-    saga_id = left_behind(stage)
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("place_order")
-    def place_order(ctx: Any, order: Order) -> None:
-        ctx.dispatch(Reserve(sku="another"))
-
-    assert list(coordinator.recover().failed_compensation) == [saga_id]
-    assert shop.calls == ["reserve", "charge"]
 
 
 def test_a_step_in_doubt_whose_handler_is_not_repeatable_goes_to_a_person(stage: Stage) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from sagalog import AsyncSagaCoordinator as AsyncCoordinator
-from sagalog import AsyncSagaLog, CommandBus, KeyConflict, SagaFailed, SagaLog, UnusableBind
+from sagalog import AsyncSagaLog, CommandBus, KeyConflict, SagaContext, SagaFailed, SagaLog, UnusableBind
 from sagalog import SagaCoordinator as Coordinator
-from tests.coordinating import Order, Reserve, Shop, Stage
+from tests.coordinating import Killed, Order, Reserve, Shop, Stage
 
 
 def ordering(coordinator: Any, then: Any = None, **options: Any) -> None:
@@ -194,6 +195,82 @@ def test_a_coordinator_over_a_callers_session_is_refused(stage: Stage) -> None:
             AsyncCoordinator(AsyncSagaLog(session), stage.bus)
         else:
             Coordinator(SagaLog(session), stage.bus)
+
+
+def test_a_worker_recovers_while_submitted_sagas_wait(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    first = stage.coordinator()
+    second = stage.coordinator()
+    for coordinator in (first, second):
+
+        @coordinator.saga("order")
+        def order(ctx: Any) -> None:
+            ctx.dispatch(Reserve(sku="book"))
+            raise Killed
+
+    over = threading.Event()
+
+    @second.saga("again")
+    def again(ctx: Any) -> None:
+        if not over.is_set():
+            second.submit("again")
+
+    with pytest.raises(Killed):
+        first.run("order")
+    for _ in range(3):
+        second.submit("again")
+    with second.worker(concurrency=1):
+        try:
+            with pytest.raises(SagaFailed) as failed:
+                second.wait(1, timeout=30)
+        finally:
+            over.set()
+    assert (failed.value.outcome, shop.calls) == ("compensated", ["reserve", "release"])
+
+
+class Hang(BaseModel):
+    """Until it is told to end."""
+
+
+class LetGo(BaseModel):
+    """What undoes it."""
+
+
+def test_a_handler_that_hangs_holds_no_slot_once_its_saga_is_given_up(sqlite_path: Path) -> None:
+    bus = CommandBus()
+    begun, ends = threading.Event(), threading.Event()
+
+    @bus.handler(timeout=0.2, settle=0.1, on_unknown="compensate")
+    def charge(cmd: Hang) -> None:
+        begun.set()
+        ends.wait(60)
+
+    @bus.compensation(Hang)
+    def refund_of(cmd: Hang, output: None) -> LetGo:
+        return LetGo()
+
+    @bus.handler
+    def refund(cmd: LetGo) -> None:
+        pass
+
+    with SagaLog.open(sqlite_path) as log, Coordinator(log, bus) as coordinator:
+
+        @coordinator.saga("hangs")
+        def hangs(ctx: SagaContext) -> None:
+            ctx.dispatch(Hang())
+
+        @coordinator.saga("quick")
+        def quick(ctx: SagaContext) -> str:
+            return "done"
+
+        with coordinator.worker(concurrency=1, poll=0.05):
+            first = coordinator.submit(hangs)
+            assert begun.wait(20)
+            assert coordinator.wait(coordinator.submit(quick), timeout=20) == "done"
+            with pytest.raises(SagaFailed) as failed:
+                coordinator.wait(first, timeout=30)  # the same worker recovers it
+            ends.set()
+    assert failed.value.outcome == "compensated"
 
 
 # Transactional handlers

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar, overload
 
-from sagalog.coordinator.commands import Retry, is_seconds
+from sagalog.coordinator.commands import Retry
 from sagalog.coordinator.signature import (
     NOT_SAID,
     Signature,
@@ -21,6 +21,7 @@ from sagalog.coordinator.signature import (
     without_none,
 )
 from sagalog.errors import StepRejected, UnusableHandler
+from sagalog.moments import is_seconds
 from sagalog.payload import check_text, decode_as, is_readable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -47,7 +48,6 @@ class Handler:
     pivot: bool
     transactional: bool
     _read_output: Callable[[str | None, int, int], Any]
-    _exact: type[Any] | None
 
     @property
     def cmd_type(self) -> type[Any]:
@@ -69,7 +69,8 @@ class Handler:
 
     def is_read_back_as(self, value: Any) -> bool:
         """Whether the log will surely give an answer back as it is: it is of the one class that is annotated."""
-        return self._exact is not None and (value is None or type(value) is self._exact)
+        exact = self.signature.exact
+        return exact is not None and (value is None or type(value) is exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +168,6 @@ class CommandBus:
                     pivot=pivot,
                     transactional=transactional,
                     _read_output=reader_of(signature.returns),
-                    _exact=signature.exact,
                 ),
                 idempotent=idempotent,
             )

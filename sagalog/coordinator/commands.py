@@ -5,20 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
 E = TypeVar("E")
-
-
-def is_seconds(value: object) -> bool:
-    """Whether a value is a span of time above 0 that has an end."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LONGEST
-
-
-LONGEST: Final = 10.0 * 365 * 24 * 3600
-"""Seconds: what ends later is not meant to end."""
 
 
 class Command(BaseModel, Generic[E]):

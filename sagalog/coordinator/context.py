@@ -8,10 +8,10 @@ from datetime import datetime
 from typing import Any, TypeVar, overload
 
 from sagalog.coordinator import dispatching as flows
+from sagalog.coordinator.by_hand import compensate
 from sagalog.coordinator.commands import Command
 from sagalog.coordinator.effects import Effect, Perform, adrive, drive
 from sagalog.coordinator.run import Run
-from sagalog.coordinator.unwind import compensate
 
 E = TypeVar("E")
 T = TypeVar("T")

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sagalog.coordinator.commands import is_seconds
 from sagalog.coordinator.signature import NOT_SAID, is_async, name_of, resolved
 from sagalog.errors import PayloadError, UnusableHandler
+from sagalog.moments import is_seconds
 from sagalog.payload import check_text, decode, decode_as, is_readable
 
 
@@ -101,6 +101,8 @@ def define(
     asked = f"saga {name_of(function)}"
     check_text(name, "saga's name", asked)
     parameters = list(resolved(function, names).parameters.values())
+    takes_input = len(parameters) == 2
+    input_type = parameters[1].annotation if takes_input else NOT_SAID
     problem = hint = ""
     if not 1 <= len(parameters) <= 2:
         problem, hint = f"it takes {len(parameters)} arguments", "It is called with (ctx, input), or (ctx)."
@@ -114,11 +116,9 @@ def define(
         problem, hint = f"timeout={timeout!r}", "Seconds, above 0, or None for no end."
     elif not isinstance(resumes, tuple | list | set | frozenset) or not all(type(other) is int for other in resumes):
         problem, hint = f"resumes={resumes!r}", "Name versions: resumes=(1, 2)."
-    takes_input = len(parameters) == 2
-    for kind in [parameter.annotation for parameter in parameters[1:]] if not problem else []:
-        if kind is not NOT_SAID and not is_readable(kind):
-            problem = f"its input, a {getattr(kind, '__name__', kind)}, cannot be read back from the log"
-            hint = "Make it a Pydantic model, a dataclass, or what JSON holds."
+    elif input_type is not NOT_SAID and not is_readable(input_type):
+        problem = f"its input, a {getattr(input_type, '__name__', input_type)}, cannot be read back from the log"
+        hint = "Make it a Pydantic model, a dataclass, or what JSON holds."
     if problem:
         raise UnusableHandler(asked, problem, hint=hint)
     return Definition(
@@ -128,7 +128,7 @@ def define(
         resumes=frozenset((version, *resumes)),
         timeout=timeout,
         takes_input=takes_input,
-        input_type=parameters[1].annotation if takes_input else NOT_SAID,
+        input_type=input_type,
         returns=_result_type(function, names),
     )
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
 from sagalog.coordinator.bus import CommandBus, OnUnknown
-from sagalog.coordinator.commands import is_seconds
 from sagalog.coordinator.definition import define
 from sagalog.coordinator.effects import (
     Effect,
@@ -22,6 +21,7 @@ from sagalog.errors import SagaLogError, UnusableBind, UnusableHandler
 from sagalog.log.apart import apart_of, inner_bind
 from sagalog.log.caller import CallerBind
 from sagalog.log.facade import AsyncSagaLog, SagaLog
+from sagalog.moments import is_seconds
 
 _log = logging.getLogger("sagalog")
 F = TypeVar("F", bound=Callable[..., Any])

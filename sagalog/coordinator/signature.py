@@ -27,20 +27,14 @@ class Signature:
         cmd_type: The command's class.
         returns: The annotation of what it returns, or else what its command says by `Command[...]`, or `NOT_SAID`.
         is_async: Whether calling it gives an awaitable.
+        exact: The one class of all answers but None, if there is one.
     """
 
     wants: tuple[Wanted, ...]
     cmd_type: type[Any]
     returns: Any
     is_async: bool
-
-    @property
-    def exact(self) -> type[Any] | None:
-        """The one class of all answers, as far as there is one."""
-        one = without_none(self.returns)
-        if one is None:
-            return _NONE
-        return one if isinstance(one, type) and not _is_list(one) and one not in (NOT_SAID, Any) else None
+    exact: type[Any] | None
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -121,7 +115,12 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
         raise UnusableHandler(name_of(function), "it takes no command", hint="Annotate its first parameter.")
     said = signature.return_annotation
     returns = event_type(cmd_type) if said is NOT_SAID else said
-    return Signature(tuple(wants), cmd_type, returns, is_async(function))
+    return Signature(tuple(wants), cmd_type, returns, is_async(function), _exact(returns))
+
+
+def _exact(returns: Any) -> type[Any] | None:
+    one = _NONE if returns is None else without_none(returns)
+    return one if isinstance(one, type) and not _is_list(one) and one not in (NOT_SAID, Any) else None
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

@@ -167,17 +167,18 @@ class TakingCore(Core):
         """At most `free` sagas that a worker could start or take over now; others may be faster."""
         await self.registered()
         now = now_ms()
-        jobs: list[Job] = []
-        looks_back = now >= self._look_back_at
-        if looks_back:
-            # However many are submitted: what was left is undone as well.
+        left: list[Job] | None = None
+        reserved = 0
+        if now >= self._look_back_at:
+            # However many are submitted, some of what was left is undone as well.
             self._look_back_at = now + _LOOK_BACK_MS
-            jobs = await self._left_over(now, max(1, free // 2), busy)
-        started = free - len(jobs)
-        jobs += [Job(seen, submitted=True) for seen in _some(await self._submitted(started, busy), started)]
-        if len(jobs) < free and not looks_back:
-            jobs += await self._left_over(now, free - len(jobs), busy)
-        return jobs
+            left = await self._left_over(now, free, busy)
+            reserved = min(len(left), max(1, free // 2))
+        submitted = _some(await self._submitted(free - reserved, busy), free - reserved)
+        jobs = [Job(seen, submitted=True) for seen in submitted]
+        if left is None and len(jobs) < free:
+            left = await self._left_over(now, free - len(jobs), busy)
+        return jobs + (left or [])[: free - len(jobs)]
 
     async def _left_over(self, now: int, most: int, busy: Set[int]) -> list[Job]:
         self._pauses = {saga_id: until for saga_id, until in self._pauses.items() if until > now}

@@ -81,7 +81,7 @@ async def tried(
             stretched *= 2
             now = now_ms()
         info = Info(run.saga_id, step.index, attempt, now + int(handler.timeout * 1000), key, compensates)
-        ending = _Ending(run, step, undo=compensates is not None) if transactional else None
+        ending = _Ending(run, handler, step, undo=compensates is not None) if transactional else None
         try:
             value: Any = await Invoke(handler, cmd, info, run.fence, ending)
         except owned_steps.AlreadyEnded as found:
@@ -96,13 +96,10 @@ async def tried(
                 return Refused(reason_of(error), error)
             failed = error
         else:
+            if ending is not None:
+                return ending.answer
             try:
-                text = (
-                    encode(events_of(value), handler.name, run.saga_id, step.index) if ending is None else ending.text
-                )
-                if not handler.is_read_back_as(value):
-                    value = handler.read_output(text, run.saga_id, step.index)  # what a resume will answer
-                return Succeeded(value, text)
+                return _answer(run, handler, step, value)
             except PayloadError as error:
                 if handler.read_only:
                     return Refused(reason_of(error), error)
@@ -121,6 +118,18 @@ async def tried(
         attempt += 1
 
 
+def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
+    """What a handler returned, as the log holds it, and as the log will give it back on a resume.
+
+    Raises:
+        PayloadError: The log cannot hold it, or not give it back.
+    """
+    text = encode(events_of(value), handler.name, run.saga_id, step.index)
+    if not handler.is_read_back_as(value):
+        value = handler.read_output(text, run.saga_id, step.index)
+    return Succeeded(value, text)
+
+
 def may_try(step: Step, retry: Retry) -> bool:
     """Whether the outside can still know the key of the first try."""
     return now_ms() - step.started_at <= retry.within.total_seconds() * 1000
@@ -136,16 +145,17 @@ async def _note_doubt(run: Run, handler: Handler, step: Step, error: BaseExcepti
 class _Ending:
     """Makes what commits with a transactional handler's writes; of its answer as it is before that commit."""
 
-    def __init__(self, run: Run, step: Step, *, undo: bool) -> None:
+    answer: Succeeded
+
+    def __init__(self, run: Run, handler: Handler, step: Step, *, undo: bool) -> None:
         self._end = owned_steps.end_undo_once if undo else owned_steps.finish_step_once
         self._run = run
+        self._handler = handler
         self._step = step
-        self.text = "[]"
 
     def __call__(self, value: Any) -> Operation[None]:
-        fence, step = self._run.fence, self._step
-        self.text = encode(events_of(value), step.name, fence.saga_id, step.index)
-        return self._end(fence, step.index, self.text)
+        self.answer = _answer(self._run, self._handler, self._step, value)
+        return self._end(self._run.fence, self._step.index, self.answer.text)
 
 
 def retry_of(handler: Handler) -> Retry:

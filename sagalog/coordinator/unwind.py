@@ -8,7 +8,7 @@ from typing import Any
 
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
-from sagalog.coordinator.dispatching import check_callable, differs
+from sagalog.coordinator.dispatching import check_callable
 from sagalog.coordinator.effects import Sleep, Write
 from sagalog.coordinator.run import Run, Step
 from sagalog.coordinator.trying import (
@@ -30,7 +30,7 @@ from sagalog.moments import now_ms
 from sagalog.payload import encode
 from sagalog.states import SagaState, StepState
 
-_DEFAULT = Retry()
+DEFAULT_RETRY = Retry()
 NOT_UNDONE = ". Not undone: "
 
 
@@ -295,7 +295,7 @@ async def begin_undo(run: Run, handler: Handler, cmd: Any, undone: Sequence[Step
 
 async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bool) -> None:
     """Call an undo's handler until it is done, and mark what it undid with it, in one transaction."""
-    retry = handler.retry or _DEFAULT
+    retry = handler.retry or DEFAULT_RETRY
     if again:
         if undo.tries:
             raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is in doubt")
@@ -342,77 +342,6 @@ async def undo_until_known(
     for step in (undo, *undone):
         step.state = StepState.COMPENSATED
     return outcome.value
-
-
-async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
-    """Undo by hand: one command for several dispatched ones, the newest if none is named.
-
-    Raises:
-        UnusableHandler: Nothing takes the command, or what it is to undo was not dispatched, did not succeed, or is
-            undone; nothing was written.
-        StepFailed: The undo was refused or stays in doubt.
-    """
-    run.refuse_stopped(undoing=True)
-    handler = run.policy.bus.handler_of(cmd)
-    check_callable(run.policy, handler)
-    if handler.on_unknown == "compensate":
-        raise UnusableHandler(
-            f"compensate with {handler.name}",
-            'its handler says on_unknown="compensate", and an undo is not undone',
-            hint="An undo is tried again under its key, and then left to a person.",
-        )
-    if run.replay:
-        index = min(run.replay)
-        problem = (
-            f"the log holds step {index}, and the function undoes with {handler.name} before it asked for it again"
-        )
-        raise run.stop(differs(run, index, problem))
-    undone = _chosen(run, cmd, undoes)
-    undo = await begin_undo(run, handler, cmd, undone)
-    try:
-        return await undo_until_known(run, handler, undo, cmd, handler.retry or _DEFAULT)
-    except StepFailed as failure:
-        if failure.kind == "in_doubt":
-            run.stop(failure)
-        raise
-
-
-def _chosen(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> list[Step]:
-    asked = f"compensate with {type(cmd).__name__} in saga {run.saga_id}"
-    done = [
-        step for step in run.forward() if step.state is StepState.SUCCEEDED and not step.own and not _reads(run, step)
-    ]
-    if undoes is None:
-        if not done:
-            raise UnusableHandler(asked, "no step is there to be undone", hint="Dispatch comes first.")
-        undoes = [done[0].cmd]
-    if not isinstance(undoes, list | tuple):
-        raise UnusableHandler(asked, f"undoes= is a {type(undoes).__name__}", hint="It is a list of commands.")
-    chosen = []
-    for wanted in undoes:
-        found = next((step for step in done if step.cmd is wanted), None) or next(
-            (step for step in done if step.cmd == wanted), None
-        )
-        if found is None:
-            raise UnusableHandler(
-                asked,
-                f"a {type(wanted).__name__} in undoes= was not dispatched by this saga, did not succeed, or is undone",
-                hint="Name commands that ctx.dispatch() was called with, and that change something.",
-            )
-        if found in run.pivots():
-            raise UnusableHandler(
-                asked, f"step {found.index} ({found.name}) is a pivot", hint="What cannot be undone is not named."
-            )
-        chosen.append(found)
-        done.remove(found)
-    if not chosen:
-        raise UnusableHandler(asked, "undoes= is empty", hint="Name the commands, or leave it out for the newest.")
-    return chosen
-
-
-def _reads(run: Run, step: Step) -> bool:
-    handler = run.handler_named(step.name)
-    return handler is not None and handler.read_only
 
 
 def why(error: BaseException) -> str:

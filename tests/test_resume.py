@@ -1,0 +1,190 @@
+"""A saga that is gone on with: what is the same as in the first run, and what is never guessed over."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from sagalog import StepRejected
+from tests.coordinating import (
+    Charge,
+    Killed,
+    Order,
+    Reserve,
+    Shop,
+    Stage,
+    left_behind,
+    recoverer,
+)
+
+
+def test_resume_answers_what_is_recorded_and_goes_on(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    saga_id = left_behind(stage)
+    report = recoverer(stage, on_crash="resume").recover()
+    assert report.completed == [saga_id]
+    assert shop.calls == ["reserve", "charge"]
+    assert stage.log.get(saga_id).result == 7
+
+
+def test_resume_raises_a_recorded_refusal_again(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("charge", StepRejected("declined"))
+    reasons: list[str] = []
+    lives = iter([Killed(), None])
+
+    def careful(coordinator: Any) -> None:
+        @coordinator.saga("place_order")
+        def place_order(ctx: Any, order: Order) -> str:
+            ctx.dispatch(Reserve(sku=order.sku))
+            try:
+                ctx.dispatch(Charge(amount=1))
+            except Exception as error:
+                reasons.append(f"{error.kind} {error.reason}")  # type: ignore[attr-defined]
+            died = next(lives)
+            if died is not None:
+                raise died
+            return "without paying"
+
+    first = stage.coordinator()
+    careful(first)
+    with pytest.raises(Killed):
+        first.run("place_order", Order())
+    second = stage.coordinator(on_crash="resume")
+    careful(second)
+    assert len(second.recover().completed) == 1
+    assert reasons == ["failed declined"] * 2
+    assert shop.calls == ["reserve", "charge"]
+
+
+def test_a_function_that_differs_from_the_log_is_undone_and_never_guessed_over(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    saga_id = left_behind(stage)
+    coordinator = stage.coordinator(on_crash="resume")
+
+    @coordinator.saga("place_order")
+    def place_order(ctx: Any, order: Order) -> None:
+        ctx.dispatch(Reserve(sku="another"))
+
+    assert coordinator.recover().compensated == [saga_id]
+    assert "holds another command" in stage.log.get(saga_id).failure_reason
+    assert shop.calls == ["reserve", "charge", "refund", "release"]
+
+
+def test_a_function_that_asks_for_less_than_the_log_holds_is_undone(stage: Stage) -> None:
+    Shop(stage.bus)
+    saga_id = left_behind(stage)
+    coordinator = stage.coordinator(on_crash="resume")
+
+    @coordinator.saga("place_order")
+    def place_order(ctx: Any, order: Order) -> None:
+        ctx.dispatch(Reserve(sku=order.sku))
+
+    assert coordinator.recover().compensated == [saga_id]
+    assert "did not ask for again" in stage.log.get(saga_id).failure_reason
+
+
+@pytest.mark.parametrize(("resumes", "outcome"), [((), "compensated"), ((1,), "completed")])
+def test_only_named_versions_are_resumed_and_all_are_undone(stage: Stage, resumes: Any, outcome: str) -> None:
+    Shop(stage.bus)
+    saga_id = left_behind(stage)
+    recoverer(stage, on_crash="resume", version=2, resumes=resumes).recover()
+    assert stage.log.get(saga_id).state == outcome
+
+
+def test_after_a_pivot_recovery_goes_forward_whatever_on_crash_says(stage: Stage) -> None:
+    shop = Shop(stage.bus, pivot=True)
+    saga_id = left_behind(stage)
+    assert recoverer(stage, on_crash="compensate").recover().completed == [saga_id]
+    assert shop.calls == ["reserve", "charge"]
+
+
+def test_after_a_pivot_a_difference_goes_to_a_person(stage: Stage) -> None:
+    shop = Shop(stage.bus, pivot=True)
+    saga_id = left_behind(stage)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("place_order")
+    def place_order(ctx: Any, order: Order) -> None:
+        ctx.dispatch(Reserve(sku="another"))
+
+    assert list(coordinator.recover().failed_compensation) == [saga_id]
+    assert shop.calls == ["reserve", "charge"]
+
+
+class Red(BaseModel):
+    name: str
+
+
+class Blue(BaseModel):
+    name: str
+
+
+class Paint(BaseModel):
+    pass
+
+
+class Tag(BaseModel):
+    words: frozenset[str]
+
+
+def resumed(stage: Stage, command: BaseModel) -> tuple[Any, Any]:
+    """What a step answers at first, and once its saga is gone on with."""
+    answers: list[Any] = []
+    coordinator = stage.coordinator(on_crash="resume")
+
+    @coordinator.saga("order")
+    def order(ctx: Any) -> None:
+        answers.append(ctx.dispatch(command))
+        if len(answers) == 1:
+            raise Killed
+
+    with pytest.raises(Killed):
+        coordinator.run("order")
+    [(held,)] = stage.sql("SELECT cmd_json FROM saga_step")
+    if '"words"' in held:
+        words = json.loads(held)["words"]
+        stage.sql("UPDATE saga_step SET cmd_json = :text", text=json.dumps({"words": words[::-1]}))
+    assert coordinator.recover().completed == [1]
+    first, second = answers
+    return first, second
+
+
+def test_an_answer_of_another_class_than_the_log_will_give_is_never_seen(stage: Stage) -> None:
+    @stage.bus.handler(read_only=True)
+    def paint(cmd: Paint) -> Red | Blue:
+        return Blue(name="sky")
+
+    first, second = resumed(stage, Paint())
+    assert (type(first), first) == (type(second), second)
+
+
+def test_an_answer_without_any_annotation_is_what_the_log_holds(stage: Stage) -> None:
+    @stage.bus.handler(read_only=True)
+    def paint(cmd: Paint):  # type: ignore[no-untyped-def]
+        return [Blue(name="sky")]
+
+    assert resumed(stage, Paint()) == ({"name": "sky"}, {"name": "sky"})
+
+
+def test_a_command_with_a_set_is_the_same_in_whichever_order_another_process_wrote_it(stage: Stage) -> None:
+    @stage.bus.handler(read_only=True)
+    def tag(cmd: Tag) -> str:
+        return "tagged"
+
+    assert resumed(stage, Tag(words=frozenset("ab"))) == ("tagged", "tagged")
+
+
+def test_an_input_whose_keys_come_in_another_order_is_the_same(stage: Stage) -> None:
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("order")
+    def order(ctx: Any, order: dict[str, int]) -> int:
+        return sum(order.values())
+
+    assert coordinator.run("order", {"a": 1, "b": 2}, key="k") == 3
+    assert coordinator.run("order", {"b": 2, "a": 1}, key="k") == 3
+    assert stage.log.max_saga_id() == 1

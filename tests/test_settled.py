@@ -1,0 +1,161 @@
+"""What a person settles by hand, and how the saga comes to its end then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sagalog import (
+    Retry,
+    SagaFailed,
+)
+from tests.coordinating import (
+    Charge,
+    Order,
+    Reserve,
+    Shop,
+    Stage,
+    placing,
+    recoverer,
+)
+
+
+def refund_in_doubt(stage: Stage, word: str) -> tuple[Shop, int]:
+    """A saga whose undo an operator has settled so, and how often it was tried."""
+    shop = Shop(stage.bus)
+    shop.fails("refund", *[ConnectionError("no answer")] * 5)
+    coordinator = stage.coordinator()
+    placing(coordinator, lambda ctx: ctx.dispatch("nonsense"))
+    with pytest.raises(SagaFailed) as failed:
+        coordinator.run("place_order", Order())
+    assert failed.value.outcome == "failed_compensation"
+    stage.sql("UPDATE saga_step SET deadline_at = 1")
+    stage.log.resolve_step(1, 2, word, note="the bank shows it", actor="ann")
+    return shop, shop.calls.count("refund")
+
+
+@pytest.mark.parametrize("word", ["succeeded", "compensated"])
+def test_an_undo_in_doubt_that_an_operator_knows_to_be_done_is_not_done_again(stage: Stage, word: str) -> None:
+    shop, tries = refund_in_doubt(stage, word)
+    assert recoverer(stage).retry(1, note="go on", actor="ann").state == "compensated"
+    assert [step.state for step in stage.log.get(1).steps] == ["compensated"] * 4
+    assert (shop.calls.count("refund"), shop.calls[-1]) == (tries, "release")
+
+
+def test_an_undo_in_doubt_that_an_operator_knows_to_have_failed_is_done_anew_under_its_key(stage: Stage) -> None:
+    shop, tries = refund_in_doubt(stage, "failed")
+    assert recoverer(stage).retry(1, note="go on", actor="ann").state == "compensated"
+    assert [(step.name, step.state) for step in stage.log.get(1).steps] == [
+        ("Reserve", "compensated"), ("Charge", "compensated"), ("Refund", "failed"), ("Refund", "compensated"),
+        ("Release", "compensated"),
+    ]  # fmt: skip
+    assert (shop.calls.count("refund"), len(shop.keys["refund"])) == (tries + 1, 1)
+
+
+def in_doubt(stage: Stage, **charging: Any) -> tuple[Shop, Any]:
+    """A saga whose second step is in doubt, with a person."""
+    shop = Shop(stage.bus, **charging)
+    shop.fails("charge", ConnectionError("no answer"))
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("order")
+    def order(ctx: Any, order: Order) -> str:
+        ctx.dispatch(Reserve(sku=order.sku))
+        return "charged" if ctx.dispatch(Charge(amount=order.amount)) is None else "with an answer"
+
+    with pytest.raises(SagaFailed):
+        coordinator.run("order", Order())
+    stage.sql("UPDATE saga_step SET deadline_at = 1")
+    return shop, coordinator
+
+
+def test_a_step_that_a_person_calls_succeeded_is_undone_without_an_output(stage: Stage) -> None:
+    shop, coordinator = in_doubt(stage)
+    stage.log.resolve_step(1, 1, "succeeded", note="the bank shows it", actor="ann")
+    assert stage.log.get(1).executor_id is None  # anybody may take it
+    assert coordinator.retry(1, note="undo it", actor="ann").state == "compensated"
+    assert shop.calls == ["reserve", "charge", "refund", "release"]
+
+
+def test_a_pivot_that_a_person_calls_succeeded_is_gone_on_with(stage: Stage) -> None:
+    _, coordinator = in_doubt(stage, pivot=True)
+    stage.log.resolve_step(1, 1, "succeeded", note="the bank shows it", actor="ann")
+    record = coordinator.retry(1, note="go on", actor="ann")
+    assert (record.state, record.result) == ("completed", "charged")
+
+
+def test_a_step_that_succeeded_may_be_called_undone_at_once(stage: Stage) -> None:
+    in_doubt(stage)
+    stage.sql("UPDATE saga_step SET deadline_at = 9999999999999 WHERE step_index = 0")
+    stage.log.resolve_step(1, 0, "compensated", note="by hand", actor="ann")
+    assert stage.states()[0] == ("Reserve", "compensated")
+
+
+def test_what_a_person_settles_on_both_sides_of_an_undo_comes_to_an_end(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("refund", *[ConnectionError("no answer")] * 5)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("order")
+    def order(ctx: Any) -> None:
+        ctx.dispatch(Reserve(sku="book"))
+        ctx.dispatch(Charge(amount=7))
+        raise ValueError("no")
+
+    with pytest.raises(SagaFailed):
+        coordinator.run("order")
+    stage.sql("UPDATE saga_step SET deadline_at = 1")
+    stage.log.resolve_step(1, 2, "succeeded", note="the bank shows it", actor="ann")
+    stage.log.resolve_step(1, 1, "compensated", note="and it is undone", actor="ann")
+    assert coordinator.retry(1, note="go on", actor="ann").state == "compensated"
+    assert [state for _, state in stage.states()] == ["compensated"] * 4
+    assert (shop.calls.count("refund"), shop.calls[-1]) == (5, "release")
+
+
+def test_a_person_may_give_a_saga_back_however_few_take_overs_are_allowed(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("charge", ConnectionError("no answer"))
+    coordinator = stage.coordinator(max_recoveries=0)
+
+    @coordinator.saga("order")
+    def order(ctx: Any) -> None:
+        ctx.dispatch(Charge(amount=7))
+
+    with pytest.raises(SagaFailed):
+        coordinator.run("order")
+    stage.sql("UPDATE saga_step SET deadline_at = 1")
+    stage.log.resolve_step(1, 0, "failed", note="the bank never saw it", actor="ann")
+    assert coordinator.retry(1, note="undo it", actor="ann").state == "compensated"
+
+
+def test_a_saga_of_the_log_alone_stays_one_when_a_person_settles_its_step(stage: Stage) -> None:
+    stage.log.start_saga(1, "order", None)
+    stage.log.start_step(1, 0, "Charge", Charge(amount=7))
+    stage.log.resolve_step(1, 0, "failed", note="the bank never saw it", actor="ann")
+    Shop(stage.bus)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("order")
+    def order(ctx: Any) -> None:
+        raise AssertionError
+
+    (left,) = coordinator.recover().left
+    assert (left.saga_id, "adopt=True" in left.reason) == (1, True)
+
+
+def test_a_retry_that_meets_the_same_trouble_does_not_say_it_again(stage: Stage) -> None:
+    shop = Shop(stage.bus, retry=Retry(attempts=1))
+    shop.fails("refund", *[ConnectionError("no answer")] * 20)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("order")
+    def order(ctx: Any) -> None:
+        ctx.dispatch(Charge(amount=7))
+        raise ValueError("no")
+
+    with pytest.raises(SagaFailed):
+        coordinator.run("order")
+    reason = stage.log.get(1).failure_reason
+    stage.sql("UPDATE saga_step SET deadline_at = 1")
+    assert coordinator.retry(1, note="once more", actor="ann", again=True).failure_reason == reason
