@@ -70,6 +70,7 @@ class Shop:
         asynchronous: Whether the coordinator is async.
         manners: How the outside behaves.
         ledger: The outside's account, which goes on; if none is given, a file that begins anew with each log.
+        wakes: Whether a process may ask for something when another one has taken over already.
     """
 
     def __init__(
@@ -79,12 +80,15 @@ class Shop:
         asynchronous: bool = False,
         manners: Manners | None = None,
         ledger: Path | None = None,
+        wakes: bool = False,
     ) -> None:
         self.scenario = scenario
         self.asynchronous = asynchronous
         self.outside = Outside(scenario, ledger or _ledger(), manners or Manners())
         self._goes_on = ledger is not None
         self._log: Any = None
+        self._wakes = wakes
+        self._bus_of_all: CommandBus | None = None
         self.function: Any = None
 
     def build(self, log: Any) -> Any:
@@ -96,7 +100,14 @@ class Shop:
                 self.outside.begin_anew()
                 self._log = log
         self.outside.life += 1
-        return self._coordinator(log, self._bus(Outside(**vars(self.outside))))
+        return self._coordinator(log, self._bus_of_this_life())
+
+    def _bus_of_this_life(self) -> CommandBus:
+        if self._wakes:  # with the number of its own life
+            return self._bus(Outside(**vars(self.outside)))
+        if self._bus_of_all is None:
+            self._bus_of_all = self._bus(self.outside)
+        return self._bus_of_all
 
     def _bus(self, outside: Outside) -> CommandBus:
         scenario = self.scenario
@@ -206,7 +217,7 @@ def crashes(
     scenario: Scenario, open_log: Callable[[], Any] | None = None, manners: Manners | None = None, **how: Any
 ) -> Iterator[tuple[Crash, list[str]]]:
     """Each run of a scenario, and what is wrong with it."""
-    shop = Shop(scenario, manners=manners)
+    shop = Shop(scenario, manners=manners, wakes=how.get("zombie", False))
     for crash in crash_points(shop.build, shop.start, open_log=open_log, **how):
         yield crash, shop.outside.problems(crash)
 
@@ -215,7 +226,7 @@ async def acrashes(
     scenario: Scenario, open_log: Callable[[], Any] | None = None, manners: Manners | None = None, **how: Any
 ) -> AsyncIterator[tuple[Crash, list[str]]]:
     """The same through the async coordinator."""
-    shop = Shop(scenario, asynchronous=True, manners=manners)
+    shop = Shop(scenario, asynchronous=True, manners=manners, wakes=how.get("zombie", False))
     async for crash in crash_points(shop.build, shop.start, open_log=open_log, **how):
         yield crash, shop.outside.problems(crash)
 

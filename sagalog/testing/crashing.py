@@ -11,6 +11,7 @@ import inspect
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 from sqlalchemy import literal_column, select, update
@@ -21,7 +22,7 @@ from sagalog.coordinator.effects import Effect, Invoke, Write
 from sagalog.coordinator.recover import RecoveryReport
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.facade import AsyncSagaLog, SagaLog
-from sagalog.log.statements import Statement
+from sagalog.log.statements import Statement, Statements
 from sagalog.records import SagaRecord
 from sagalog.states import StepState
 
@@ -363,10 +364,24 @@ def _ids(log: Any) -> list[int]:
     return found
 
 
+@lru_cache
+def _ids_of(sql: Statements) -> Statement:
+    return Statement(select(sql.saga.c.saga_id).order_by(sql.saga.c.saga_id))
+
+
+@lru_cache
+def _passing(sql: Statements) -> tuple[Statement, Statement]:
+    zero: Any = literal_column("0")
+    pending = sql.step.c.state == literal_column(f"'{StepState.PENDING}'")
+    return (
+        Statement(update(sql.executor).values(lease_until=zero)),
+        Statement(update(sql.step).where(pending).values(deadline_at=zero)),
+    )
+
+
 def _all_ids() -> Operation[list[int]]:
     def run(db: Database) -> list[int]:
-        statement = Statement(select(db.sql.saga.c.saga_id).order_by(db.sql.saga.c.saga_id))
-        return [row[0] for row in db.fetch(statement)]
+        return [row[0] for row in db.fetch(_ids_of(db.sql))]
 
     return Call("crash_points", Kind.READ, run)
 
@@ -375,9 +390,7 @@ def _time_passes() -> Operation[None]:
     """Every lease has run out, and nothing of what was tried can be under way any more."""
 
     def run(db: Database) -> None:
-        zero: Any = literal_column("0")
-        db.write(Statement(update(db.sql.executor).values(lease_until=zero)), {})
-        pending = db.sql.step.c.state == literal_column(f"'{StepState.PENDING}'")
-        db.write(Statement(update(db.sql.step).where(pending).values(deadline_at=zero)), {})
+        for statement in _passing(db.sql):
+            db.write(statement, {})
 
     return Call("crash_points", Kind.SEVERAL, run)
