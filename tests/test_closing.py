@@ -24,6 +24,30 @@ def test_a_closed_log_refuses(sqlite_path: Path) -> None:
             call()
 
 
+def test_what_waits_while_a_log_is_closed_is_refused_and_does_not_open_the_file_again(sqlite_path: Path) -> None:
+    log = SagaLog.open(sqlite_path)
+    refused: list[str] = []
+
+    def start(saga_id: int) -> None:
+        try:
+            log.start_saga(saga_id, "s", None)
+        except UnusableBind as error:
+            refused.append(str(error).partition(":")[0])
+
+    coming = [threading.Thread(target=log.close), *(threading.Thread(target=start, args=(n,)) for n in (1, 2))]
+    with log.unit_of_work():
+        for number, thread in enumerate(coming, start=1):
+            thread.start()
+            while len(log._bind._turns.waiting) < number:  # type: ignore[attr-defined]
+                """Each waits behind the one before it."""
+    for thread in coming:
+        thread.join()
+    assert refused == ["start_saga", "start_saga"]
+    assert not sqlite_path.with_name(f"{sqlite_path.name}-wal").exists()
+    with SagaLog.open(sqlite_path) as again:
+        assert again.max_saga_id() == 0
+
+
 class Locking:
     """Holds the row of saga 1, and looks at the server's other connections."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
 import threading
@@ -308,6 +309,60 @@ def test_a_worker_that_is_shut_down_while_a_handler_hangs_gives_up_its_lease(log
             thread.join()
     assert [thread.name for thread in threads if thread.name == "sagalog-lease"] == []
     assert log.get(submitted).executor_id is None
+
+
+def test_a_worker_says_once_that_the_log_does_not_answer_and_goes_on_when_it_does(
+    migrated_url: str, log: SagaLog, caplog: pytest.LogCaptureFixture
+) -> None:
+    coordinator = SagaCoordinator(log, Shop().bus)
+    submitted = coordinator.submit(reserving(coordinator), 1)
+    looks, looked_often = itertools.count(1), threading.Event()
+
+    def counting(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if isinstance(effect, Write) and effect.operation.asked == "submitted" and next(looks) == 5:
+            looked_often.set()
+        return answer(effect)
+
+    coordinator.interpose = counting
+    outside = create_engine(migrated_url)
+    with outside.begin() as connection:
+        connection.execute(text("ALTER TABLE saga RENAME TO away"))
+    with coordinator.worker(poll=0.01):
+        assert looked_often.wait(30)
+        with outside.begin() as connection:
+            connection.execute(text("ALTER TABLE away RENAME TO saga"))
+        assert coordinator.wait(submitted, timeout=30) == 1
+    outside.dispose()
+    assert [record.levelname for record in caplog.records if "until the log answers" in record.message] == ["WARNING"]
+
+
+def test_nothing_of_a_worker_is_left_once_its_log_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    before = set(threading.enumerate())
+    log = SagaLog.open_in_memory()
+    coordinator = SagaCoordinator(log, Shop().bus, lease=0.3)
+    coordinator.run(reserving(coordinator), 1)
+    coordinator.worker(poll=0.01).start()
+    log.close()
+    left = set(threading.enumerate()) - before
+    assert {thread.name for thread in left} >= {"sagalog-lease", "sagalog-worker"}
+    for thread in left:
+        thread.join(timeout=30)
+    assert set(threading.enumerate()) - before == set()
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["the worker ends"]
+
+
+def test_an_async_worker_ends_once_its_log_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        log = await AsyncSagaLog.open_in_memory()
+        coordinator = AsyncSagaCoordinator(log, CommandBus(), lease=0.3)
+        before = asyncio.all_tasks()
+        await coordinator.worker(poll=0.01).start()
+        tasks = asyncio.all_tasks() - before
+        await log.close()
+        await asyncio.wait_for(asyncio.gather(*tasks), timeout=30)
+
+    asyncio.run(main())
+    assert [record.message.partition(":")[0] for record in caplog.records] == ["the worker ends"]
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])

@@ -19,12 +19,17 @@ from typing import Any
 from sagalog.errors import SagaLogError
 from sagalog.log import claiming, owning
 from sagalog.log.apart import Apart
+from sagalog.log.bind import is_closed
 from sagalog.log.database import Operation
 from sagalog.log.fencing import Fence
 from sagalog.log.forking import tell_of_forks
 from sagalog.moments import now_ms
 
 _log = logging.getLogger("sagalog")
+
+
+class _NothingToKeep(Exception):
+    """The log is closed."""
 
 
 class Executor:
@@ -151,6 +156,8 @@ class Executor:
                 if time.monotonic() >= self._renew_at:
                     done = self._attempt(apart, self.renewal(), "the lease could not be renewed")
                     self._renew_at = time.monotonic() + (self.lease / 3 if done else min(1.0, self.lease / 10))
+        except _NothingToKeep:
+            pass  # nobody can write under this lease any more
         finally:
             apart.close()
 
@@ -193,6 +200,8 @@ class Executor:
         except SagaLogError as error:
             if error.code in ("lease_lost", "invalid_transition", "saga_not_found"):
                 return False
+            if is_closed(error):
+                raise _NothingToKeep from None
             _log.warning("executor %s: %s: %s", self.executor_id, problem, error)
             return None
         except Exception:

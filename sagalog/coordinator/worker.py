@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from sagalog.coordinator.effects import adrive, drive
 from sagalog.coordinator.listening import Listener, alisten
 from sagalog.coordinator.taking import Job, TakingCore
-from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed, UnusableHandler
+from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed, SagaLogError, UnusableHandler
 from sagalog.log import owning
+from sagalog.log.bind import is_closed
 from sagalog.log.fencing import Fence
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class _Slots:
         self.concurrency = concurrency
         self.poll = poll
         self.busy: dict[int, Job] = {}
+        self._trouble: tuple[str, object] | None = None
 
     async def more(self) -> list[Job]:
         """What to begin now."""
@@ -41,7 +43,20 @@ class _Slots:
         free = self.concurrency - len(self.busy)
         found = await self.core.find_work(free, self.busy.keys()) if free > 0 else []
         self.busy.update((job.seen.saga_id, job) for job in found)
+        self._trouble = None
         return found
+
+    def may_look_again(self, error: Exception) -> bool:
+        """Note why no work could be looked for, once for each kind of trouble; False if the log is closed."""
+        if is_closed(error):
+            _log.warning("the worker ends: %s", error)
+            return False
+        if not isinstance(error, SagaLogError):
+            _log.error("looking for sagas failed; the worker goes on", exc_info=error)
+        elif self._trouble != (error.code, error.found):
+            self._trouble = (error.code, error.found)
+            _log.warning("the worker looks for sagas until the log answers: %s", error)
+        return True
 
     def over(self, job: Job) -> None:
         """One is done; its saga may have been given up, and begun again by another job."""
@@ -148,8 +163,9 @@ class Worker:
             found: list[Job] = []
             try:
                 found = drive(self._slots.more(), self._coordinator._perform)
-            except Exception:
-                _log.exception("looking for sagas failed; the worker goes on")
+            except Exception as error:
+                if not self._slots.may_look_again(error):
+                    break
             for job in found:
                 threading.Thread(target=self._do, args=(job,), name="sagalog-saga", daemon=True).start()
             with self._wake:
@@ -230,8 +246,9 @@ class AsyncWorker:
             found: list[Job] = []
             try:
                 found = await adrive(slots.more(), self._coordinator._perform)
-            except Exception:
-                _log.exception("looking for sagas failed; the worker goes on")
+            except Exception as error:
+                if not slots.may_look_again(error):
+                    break
             for job in found:
                 task = asyncio.create_task(self._do(job))
                 self._tasks.add(task)

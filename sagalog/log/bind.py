@@ -92,7 +92,15 @@ def in_driver_transaction(dbapi_connection: Any) -> bool:
 
 def refuse_finished(asked: str) -> UnusableBind:
     """The error of a log that is used after its end."""
-    return UnusableBind(asked, "the log or unit of work is closed", hint="Use it inside its with block.")
+    return UnusableBind(asked, "the log or unit of work is closed", found=_CLOSED, hint="Use it inside its with block.")
+
+
+def is_closed(error: BaseException) -> bool:
+    """Whether a log gave that error because it is closed: it gives no other any more."""
+    return isinstance(error, UnusableBind) and error.found == _CLOSED
+
+
+_CLOSED = "closed"
 
 
 def begin_immediate(execute: Callable[[str], Any], seconds: float, sleep: Callable[[float], Any]) -> None:

@@ -108,6 +108,9 @@ class Turns:
             )
         if not woken:
             ticket.wake.acquire()
+        if ticket.leads and self.closed:
+            self.hand_over()
+            raise refuse_finished(asked_of(ticket))
         return ticket.leads
 
     def _withdraw(self, ticket: Ticket[Any]) -> bool:
