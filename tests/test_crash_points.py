@@ -15,9 +15,12 @@ from sagalog.testing import crash_points
 from tests.crash_matrix import Shop, acrashes, crashes
 from tests.outside import LANDS_LATE, Manners
 from tests.scenarios import Scenario, scenarios, varied
+from tests.transactional_matrix import Stage as Transactional
+from tests.transactional_matrix import scenarios as transactional
 
 SLICE = list(scenarios(3))[::23]
 VARIED = list(varied(2))[::67]
+TRANSACTIONAL = list(transactional(2))[::8]
 LATE = [scenario for scenario in scenarios(2) if scenario.trouble in LANDS_LATE][::7]
 HARSH = Manners(knows_keys=False, refuses=False)
 SHORT = [
@@ -105,6 +108,22 @@ def test_a_saga_on_asyncpg_stopped_anywhere_is_recovered_as_promised(postgres_ur
 
         judge(await agathered(SHORT[1], open_log))
         await engine.dispose()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_transactional_steps_stopped_anywhere_commit_with_their_rows_or_not_at_all(
+    migrated_url: str, asynchronous: bool
+) -> None:
+    async def go() -> None:
+        stage = Transactional(migrated_url, asynchronous=asynchronous)
+        for scenario in TRANSACTIONAL:
+            if asynchronous:
+                judge([case async for case in stage.acrashes(scenario)])
+            else:
+                judge(list(stage.crashes(scenario)))
+        await stage.close()
 
     asyncio.run(go())
 
