@@ -17,8 +17,6 @@ import argparse
 import asyncio
 import itertools
 import tempfile
-import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from sagalog.testing import Crash, crash_points
 from tests.coordinating import carry_all
 from tests.outside import LANDS_LATE, SETTLE, Done, Manners, Outside
 from tests.scenarios import ALL, PIVOT, READ_ONLY, UNDOABLE, Scenario, scenarios, varied
+from tests.tally import Tally, add_replay
 
 
 class Do(Command[Done]):
@@ -265,8 +264,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--every", type=int, default=1, help="only every n-th scenario")
     parser.add_argument("--postgres", metavar="URL")
-    parser.add_argument("--scenario", help="only this one: its fields with commas")
-    parser.add_argument("--only", help="only these stops")
+    add_replay(parser)
     parser.add_argument("--varied", action="store_true", help="pivots, read-only steps, side by side, by hand")
     parser.add_argument("--forgetful", action="store_true", help="the outside does not know keys")
     parser.add_argument("--unrefusing", action="store_true", help="the outside does what was undone already")
@@ -276,9 +274,7 @@ def main() -> int:
         parser.error(
             "what a process sends that lost its saga, and what is delivered twice, only the outside can refuse"
         )
-    how: dict[str, Any] = {"again": given.again, "zombie": given.zombie, "repeat": given.repeat}
-    if given.only:
-        how["only"] = tuple(int(number) for number in given.only.split(","))
+    how: dict[str, Any] = {key: vars(given)[key] for key in ("again", "zombie", "repeat", "only")}
     how["manners"] = Manners(knows_keys=not given.forgetful, refuses=not given.unrefusing, late=given.late)
     chosen = list((varied if given.varied else scenarios)(given.steps))
     if given.late:
@@ -287,32 +283,20 @@ def main() -> int:
     open_log = (
         _postgres(given.postgres, asynchronous=given.asynchronous, carried=given.carried) if given.postgres else None
     )
-    began = time.monotonic()
-    states: Counter[str] = Counter()
-    bad = 0
-
-    def judge(scenario: Scenario, crash: Crash, problems: list[str]) -> None:
-        nonlocal bad
-        states[crash.saga.state if crash.saga else "nothing written"] += 1
-        if problems:
-            bad += 1
-            stops = ",".join(map(str, crash.stops))
-            print(f'--scenario "{scenario.words}" --only {stops}: {crash}: {problems}', flush=True)  # noqa: T201
+    tally = Tally()
 
     async def all_async() -> None:
         for scenario in chosen:
             async for crash, problems in acrashes(scenario, open_log, **how):
-                judge(scenario, crash, problems)
+                tally.judge(scenario.words, crash, problems)
 
     if given.asynchronous:
         asyncio.run(all_async())
     else:
         for scenario in chosen:
             for crash, problems in crashes(scenario, open_log, **how):
-                judge(scenario, crash, problems)
-    took = time.monotonic() - began
-    print(f"{len(chosen)} scenarios, {sum(states.values())} cases, {bad} bad, {took:.0f} s: {dict(states)}")  # noqa: T201
-    return min(bad, 1)
+                tally.judge(scenario.words, crash, problems)
+    return tally.told(len(chosen))
 
 
 if __name__ == "__main__":

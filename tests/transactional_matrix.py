@@ -15,7 +15,7 @@ import asyncio
 import itertools
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from sagalog import (
     migrations,
 )
 from sagalog.testing import Crash, crash_points
+from tests.tally import Tally, add_replay
 
 TROUBLES = ("", "raises", "rejects", "unreadable", "function")
 UNDOS = ("", "raises", "rejects")
@@ -246,40 +247,27 @@ def main() -> int:
     parser.add_argument("--asynchronous", action="store_true")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--postgres", metavar="URL")
-    parser.add_argument("--scenario", help="only this one: its fields with commas")
-    parser.add_argument("--only", help="only these stops")
+    add_replay(parser)
     given = parser.parse_args()
-    how: dict[str, Any] = {"again": given.again}
-    if given.only:
-        how["only"] = tuple(int(number) for number in given.only.split(","))
+    how: dict[str, Any] = {"again": given.again, "only": given.only}
     chosen = [Scenario.read(given.scenario)] if given.scenario else list(scenarios(given.steps))
-    states: Counter[str] = Counter()
-    bad = 0
+    tally = Tally()
 
-    def judge(scenario: Scenario, crash: Crash, problems: list[str]) -> None:
-        nonlocal bad
-        states[crash.saga.state if crash.saga else "nothing written"] += 1
-        if problems:
-            bad += 1
-            stops = ",".join(map(str, crash.stops))
-            print(f'--scenario "{scenario.words}" --only {stops}: {crash}: {problems}', flush=True)  # noqa: T201
-
-    async def every(make: Callable[[], Stage]) -> None:
-        stage = make()
+    async def every(url: str) -> None:
+        stage = Stage(url, asynchronous=given.asynchronous)
         for scenario in chosen:
             if given.asynchronous:
                 async for crash, problems in stage.acrashes(scenario, **how):
-                    judge(scenario, crash, problems)
+                    tally.judge(scenario.words, crash, problems)
             else:
                 for crash, problems in stage.crashes(scenario, **how):
-                    judge(scenario, crash, problems)
+                    tally.judge(scenario.words, crash, problems)
         await stage.close()
 
     with tempfile.TemporaryDirectory() as folder:
         url = given.postgres or f"sqlite:///{Path(folder) / 'sagas.db'}"
-        asyncio.run(every(lambda: Stage(url, asynchronous=given.asynchronous)))
-    print(f"{len(chosen)} scenarios, {sum(states.values())} cases, {bad} bad: {dict(states)}")  # noqa: T201
-    return min(bad, 1)
+        asyncio.run(every(url))
+    return tally.told(len(chosen))
 
 
 if __name__ == "__main__":
