@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from datetime import datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
@@ -28,6 +26,7 @@ from sagalog.coordinator.effects import (
 from sagalog.coordinator.recover import OnCrash, RecoveryReport
 from sagalog.coordinator.saga import CallSaga
 from sagalog.coordinator.shell import Shell, lease_stays
+from sagalog.coordinator.threads import in_thread
 from sagalog.coordinator.worker import AsyncWorker
 from sagalog.errors import SagaLogError
 from sagalog.log.facade import AsyncSagaLog
@@ -38,7 +37,8 @@ if TYPE_CHECKING:
 
 Input = TypeVar("Input")
 R = TypeVar("R")
-_HANDLER_THREADS = 64
+_STUBBORN = 5.0
+"""Seconds after its timeout in which a handler ends that is cancelled; one that does not is given up."""
 
 
 class AsyncSagaCoordinator(Shell):
@@ -69,7 +69,6 @@ class AsyncSagaCoordinator(Shell):
             environment=environment,
             label=label,
         )
-        self._threads: ThreadPoolExecutor | None = None
 
     @overload
     async def run(
@@ -126,9 +125,6 @@ class AsyncSagaCoordinator(Shell):
                 await self.log._bind.perform(retirement)
             except SagaLogError as error:
                 lease_stays(error)
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
-            self._threads = None
 
     async def __aenter__(self) -> AsyncSagaCoordinator:
         return self
@@ -168,19 +164,23 @@ class AsyncSagaCoordinator(Shell):
             return Settled(None, error)
 
     async def _invoke(self, effect: Invoke[Any]) -> Any:
-        limit = asyncio.timeout(effect.handler.timeout)
+        handler, executor = effect.handler, self._core.executor
+        limit = asyncio.timeout(handler.timeout)
+        ticket = executor.watch(effect.fence, effect.info.step_index, handler.timeout + _STUBBORN, handler.settle)
         try:
             async with limit:
                 return await self._called(effect)
         except TimeoutError as error:
             if limit.expired():
-                raise OutOfTime(f"its handler outlived its timeout of {effect.handler.timeout} s") from error
+                raise OutOfTime(f"its handler outlived its timeout of {handler.timeout} s") from error
             raise
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             raise Cancelled("its handler let the cancellation of something else out") from error
+        finally:
+            executor.unwatch(ticket)
 
     async def _called(self, effect: Invoke[Any]) -> Any:
         handler = effect.handler
@@ -188,9 +188,5 @@ class AsyncSagaCoordinator(Shell):
             return await self._transactions.aperform(effect)
         if handler.signature.is_async:
             return await handler.function(*effect.arguments(None))
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(_HANDLER_THREADS, thread_name_prefix="sagalog-handler")
-        work = copy_context().run
-        loop = asyncio.get_running_loop()
-        value = await loop.run_in_executor(self._threads, work, handler.function, *effect.arguments(None))
+        value = await in_thread(handler.function, *effect.arguments(None))
         return await value if inspect.isawaitable(value) else value

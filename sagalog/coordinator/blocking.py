@@ -258,12 +258,16 @@ class SagaCoordinator(Shell):
             except BaseException as error:
                 ends[place] = Settled(None, error)
 
-        threads = [
-            threading.Thread(target=copy_context().run, args=(run, place, flow), name=f"sagalog-dispatch-{place}")
-            for place, flow in enumerate(effect.flows)
-        ]
-        for thread in threads:
-            thread.start()
+        threads = []
+        for place, flow in enumerate(effect.flows):
+            work = (run, place, flow)
+            thread = threading.Thread(target=copy_context().run, args=work, name=f"sagalog-dispatch-{place}")
+            try:
+                thread.start()
+            except RuntimeError:  # the process may have no more threads now
+                run(place, flow)
+            else:
+                threads.append(thread)
         for thread in threads:
             thread.join()
         return ends

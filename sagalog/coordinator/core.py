@@ -38,6 +38,10 @@ _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5
 _ENDED = (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED)
 
 
+def _always() -> bool:
+    return True
+
+
 @dataclass(eq=False)
 class Core:
     """A coordinator's settings and flows."""
@@ -139,13 +143,28 @@ class Core:
         finally:
             coming.discard(ticket)
 
-    async def claimed(self, claim: Operation[bool], fence: Fence) -> bool:
-        """Whether a claim of this process won."""
+    async def claimed(self, claim: Operation[bool], fence: Fence, wanted: Callable[[], bool] = _always) -> bool:
+        """Whether a claim of this process won.
+
+        Args:
+            claim: The claim.
+            fence: What it gives.
+            wanted: Asked once more, when whoever gives the lease up waits for the claim's end already.
+        """
+
+        async def claiming() -> bool:
+            return wanted() and await Write(claim)
+
         try:
-            return await self._taking(Write(claim), lambda won: fence if won else None)
+            return await self._taking(claiming(), lambda won: fence if won else None)
         except LogUnavailable as error:
             if error.found != LOCK_HELD:
                 self.executor.strand(fence)  # it may be this process's all the same
+            raise
+        except Exception:
+            raise
+        except BaseException:
+            self.executor.strand(fence)
             raise
 
     async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:

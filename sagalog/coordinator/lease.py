@@ -60,7 +60,7 @@ class Executor:
         self._tickets = itertools.count()
         self._stranded: list[Fence] = []
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = threading.Event()
         self._registered = False
         self._renew_at = 0.0
 
@@ -101,7 +101,8 @@ class Executor:
             self._registered = True
         apart = self._apart()
         if apart is not None:
-            self._thread = threading.Thread(target=self._keep, args=(apart,), name="sagalog-lease", daemon=True)
+            keeping = (apart, self._closing)
+            self._thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
             self._thread.start()
 
     def watch(self, fence: Fence, step_index: int, seconds: float, settle: float) -> int:
@@ -129,8 +130,8 @@ class Executor:
 
     def retirement(self) -> Operation[None] | None:
         """Stop, and what then gives the lease up; None if nothing is held, or still in use."""
-        if self.active:
-            return None  # somebody still works under it
+        if self.active or self.coming:
+            return None  # somebody still works under it, or is about to
         held = self._registered
         self.stop()
         return claiming.retire(self.executor_id) if held else None
@@ -138,19 +139,19 @@ class Executor:
     def stop(self) -> None:
         """Stop the thread; the lease runs out by itself."""
         with self._wake:
-            self._closing = True
+            self._closing.set()  # for ever, of a thread that is held up now and comes to look later
+            self._closing = threading.Event()
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=10)
         self._thread = None
         self._registered = False
-        self._closing = False
 
     # The thread
 
-    def _keep(self, apart: Apart) -> None:
+    def _keep(self, apart: Apart, closing: threading.Event) -> None:
         try:
-            while self._wait():
+            while self._wait(closing):
                 self._give_up_overdue(apart)
                 self._give_back(apart)
                 if time.monotonic() >= self._renew_at:
@@ -161,14 +162,14 @@ class Executor:
         finally:
             apart.close()
 
-    def _wait(self) -> bool:
+    def _wait(self, closing: threading.Event) -> bool:
         with self._wake:
-            if self._closing:
+            if closing.is_set():
                 return False
             due = min([self._renew_at, *(entry[0] for entry in list(self._watched.values()))])
             if not self._stranded:
                 self._wake.wait(max(0.0, due - time.monotonic()))
-            return not self._closing
+            return not closing.is_set()
 
     def _give_up_overdue(self, apart: Apart) -> None:
         now = time.monotonic()

@@ -24,7 +24,8 @@ def _postgres(log: Any) -> EngineBind | None:
 
 
 def _listen_on(channel: str) -> str:
-    return f'LISTEN "{channel}"'
+    quoted = channel.replace('"', '""')
+    return f'LISTEN "{quoted}"'
 
 
 class Listener:

@@ -10,8 +10,8 @@ from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Write
 from sagalog.coordinator.run import Policy, Run, Step, known_state
 from sagalog.coordinator.saga import Waits, execute
-from sagalog.coordinator.unwind import NOT_UNDONE, End, to_person, unwind
-from sagalog.errors import PayloadError, SagaFailed
+from sagalog.coordinator.unwind import NOT_UNDONE, End, Unknown, require_handlers, to_person, unwind
+from sagalog.errors import PayloadError, SagaFailed, UnusableHandler
 from sagalog.log import owning, reading
 from sagalog.log.fencing import Fence
 from sagalog.log.reading import Stored
@@ -148,6 +148,20 @@ def forward_or_back(recovery: Recovery, record: Stored) -> SagaState:
     """Where an operator's retry leads: after a step that cannot be undone only forward, if no undo began."""
     run = _run_of(recovery, record, Fence(record.saga_id, record.epoch))
     return SagaState.RUNNING if run.reached_pivot and not run.undos else SagaState.COMPENSATING
+
+
+def refuse_unknown(recovery: Recovery, record: Stored) -> None:
+    """Before a saga is given back to the coordinator: it must know what is to be done.
+
+    Raises:
+        UnusableHandler: It has no handler for a command of the saga.
+    """
+    try:
+        require_handlers(_run_of(recovery, record, Fence(record.saga_id, record.epoch)))
+    except Unknown as unknown:
+        raise UnusableHandler(
+            f"retry of saga {record.saga_id}", str(unknown), hint="Use the application that has it."
+        ) from None
 
 
 def may_resume(recovery: Recovery, run: Run, record: Stored) -> bool:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from sagalog.coordinator.core import Core, deadline_of
 from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Write
-from sagalog.coordinator.recover import Left, Recovery, RecoveryReport, finish_claimed, forward_or_back
+from sagalog.coordinator.recover import (
+    Left,
+    Recovery,
+    RecoveryReport,
+    finish_claimed,
+    forward_or_back,
+    refuse_unknown,
+)
 from sagalog.coordinator.run import Run
 from sagalog.coordinator.saga import execute
 from sagalog.errors import LeaseLost, LogUnavailable, PayloadError
@@ -89,6 +96,7 @@ class TakingCore(Core):
             again,
         )
         target = forward_or_back(recovery, record)
+        refuse_unknown(recovery, record)
         epoch = await Write(reopening.reopen(saga_id, target, note=note, actor=actor, again=again))
         seen = Candidate(saga_id, epoch, record.name)
         fence = Fence(saga_id, epoch + 1)
@@ -122,17 +130,19 @@ class TakingCore(Core):
                 page.append(seen)
         return page[:most], len(found) >= limit or len(page) > most
 
-    async def recover_one(self, seen: Candidate, report: RecoveryReport, *, adopt: bool) -> int:
+    async def recover_one(
+        self, seen: Candidate, report: RecoveryReport, *, adopt: bool, wanted: Callable[[], bool] = lambda: True
+    ) -> int:
         """Take one saga over; whatever it raises is noted, and the others go on.
 
         Returns:
-            1 if it was taken over, else 0.
+            1 if it was taken over and not left again, else 0.
         """
         executor_id = self.executor.executor_id
         recovery = Recovery(self.policy, self.definitions, self.on_crash, self.max_recoveries, executor_id)
         fence = Fence(seen.saga_id, seen.epoch + 1)
         try:
-            won = await self._wins(claiming.claim(seen, executor_id, adopt=adopt), fence)
+            won = await self._wins(claiming.claim(seen, executor_id, adopt=adopt), fence, wanted)
             if won is None:
                 report.left.append(Left(seen.saga_id, seen.name, "another transaction holds its row"))
             if not won:
@@ -152,12 +162,12 @@ class TakingCore(Core):
         elif end.waits is not None:
             self._pauses[seen.saga_id] = now_ms() + _LONGEST_PAUSE_MS
         report.add(seen.saga_id, seen.name, end)
-        return 1
+        return 0 if end.waits is not None else 1  # what waits would otherwise use up every limit
 
-    async def _wins(self, claim: Operation[bool], fence: Fence) -> bool | None:
+    async def _wins(self, claim: Operation[bool], fence: Fence, wanted: Callable[[], bool]) -> bool | None:
         """Whether a claim won; None if another transaction holds the saga's row."""
         try:
-            return await self.claimed(claim, fence)
+            return await self.claimed(claim, fence, wanted)
         except LogUnavailable as error:
             if error.found != LOCK_HELD:
                 raise
@@ -198,25 +208,25 @@ class TakingCore(Core):
                 return known
             limit *= _FAIRNESS
 
-    async def do(self, job: Job) -> None:
-        """Start or recover one saga, unless another process was faster."""
+    async def do(self, job: Job, wanted: Callable[[], bool]) -> None:
+        """Start or recover one saga, unless another process was faster, or it is not wanted any more."""
         if job.submitted:
-            await self.start_submitted(job.seen)
+            await self.start_submitted(job.seen, wanted)
             return
         report = RecoveryReport()
-        await self.recover_one(job.seen, report, adopt=False)
+        await self.recover_one(job.seen, report, adopt=False, wanted=wanted)
         for left in report.left:
             _log.warning("saga %s (%s) is left: %s", left.saga_id, left.name, left.reason)
         for error in report.errors.values():
             _log.error("recovery of saga %s (%s): %s", job.seen.saga_id, job.seen.name, error)
 
-    async def start_submitted(self, seen: Candidate) -> Any:
+    async def start_submitted(self, seen: Candidate, wanted: Callable[[], bool]) -> Any:
         """Claim a submitted saga and run it; None if another process was faster."""
         definition = self.definitions[seen.name]
         deadline = deadline_of(definition)
         fence = Fence(seen.saga_id, seen.epoch + 1)
         claim = claiming.claim_submitted(seen, self.executor.executor_id, deadline)
-        if not await self._wins(claim, fence):
+        if not await self._wins(claim, fence, wanted):
             return None
         return await self.owning(fence, self._run_claimed, fence, definition, deadline)
 

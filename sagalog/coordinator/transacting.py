@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
 from sagalog.coordinator.effects import Invoke
+from sagalog.coordinator.threads import in_thread
 from sagalog.errors import SagaLogError, UnusableBind
 from sagalog.log.apart import inner_bind
 from sagalog.log.caller import CallerBind
@@ -114,9 +115,7 @@ class Transactions:
         from sagalog.log.asynchronous import sleep_in_greenlet
 
         if not effect.handler.signature.is_async and isinstance(self._inner, FileBind):
-            import asyncio
-
-            return await asyncio.to_thread(self.perform, effect)
+            return await in_thread(self.perform, effect)
         async with AsyncSession(self._asyncs()) as session:
             if not effect.handler.signature.is_async:
                 return await session.run_sync(lambda sync: self._inside(sync, effect, sleep_in_greenlet))

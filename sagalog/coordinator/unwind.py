@@ -80,7 +80,7 @@ async def unwind(run: Run, reason: str) -> End:
     try:
         if run.unsure or any(step.state is StepState.PENDING for step in run.steps.values()):
             await _reload(run)
-        _refuse_unknown(run)
+        require_handlers(run)
         begun = run.state is SagaState.COMPENSATING
         if run.state is SagaState.FAILED:
             _begin(run, reason)  # of a failed saga no step can be ended
@@ -162,7 +162,7 @@ def _check_callable(run: Run, handler: Handler) -> None:
         raise Unknown(f"this coordinator is not async, and the handler of {handler.name!r} is") from error
 
 
-def _refuse_unknown(run: Run) -> None:
+def require_handlers(run: Run) -> None:
     """Nothing is begun for a saga that this process could not undo to its end."""
     for step in run.steps.values():
         if step.open and not step.own:

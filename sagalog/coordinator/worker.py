@@ -17,6 +17,7 @@ from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed, SagaLogError, 
 from sagalog.log import owning
 from sagalog.log.bind import is_closed
 from sagalog.log.fencing import Fence
+from sagalog.moments import is_seconds
 
 if TYPE_CHECKING:
     from sagalog.coordinator.awaiting import AsyncSagaCoordinator
@@ -25,12 +26,27 @@ if TYPE_CHECKING:
 _log = logging.getLogger("sagalog")
 
 
+_LONGEST_WAIT = 3600.0
+_MOMENT = 0.01
+_CANCELLED_WITHIN = 5.0
+"""Seconds in which a task ends that was cancelled; one that does not is given up."""
+
+
+def _check_grace(grace: float) -> None:
+    if not isinstance(grace, int | float) or not grace >= 0:
+        raise UnusableHandler("shutdown", f"grace={grace!r}", hint="It is seconds, 0 or more.")
+
+
 class _Slots:
     """What a worker is doing, and how it looks for more."""
 
     def __init__(self, core: TakingCore, concurrency: int, poll: float) -> None:
-        if concurrency < 1 or poll <= 0:
-            raise UnusableHandler("worker", f"concurrency={concurrency}, poll={poll}", hint="Both are above 0.")
+        if not isinstance(concurrency, int) or concurrency < 1 or not is_seconds(poll):
+            raise UnusableHandler(
+                "worker",
+                f"concurrency={concurrency!r}, poll={poll!r}",
+                hint="concurrency is an int above 0, poll are seconds above 0.",
+            )
         self.core = core
         self.concurrency = concurrency
         self.poll = poll
@@ -122,6 +138,7 @@ class Worker:
             grace: Seconds to wait. What runs longer is given up: any other process may recover it at once, and
                 nothing that its thread does afterwards is written.
         """
+        _check_grace(grace)
         if self._thread is None or self._pid != os.getpid():
             return
         until = time.monotonic() + grace
@@ -133,11 +150,15 @@ class Worker:
         if self._listener is not None:
             self._listener.close()
         with self._wake:
-            while self._slots.busy and time.monotonic() < until:
-                self._wake.wait(until - time.monotonic())
-            left = list(self._slots.busy)
+            while self._slots.busy and (seconds := until - time.monotonic()) > 0:
+                self._wake.wait(min(seconds, _LONGEST_WAIT))
+        executor = self._slots.core.executor
+        under_way = set(executor.coming)
+        while under_way & executor.coming:
+            time.sleep(_MOMENT)  # a claim that is under way is decided first: it would be won without a lease
+        left = list(self._slots.busy)
         for saga_id in left:
-            fence = self._slots.core.executor.active.get(saga_id)
+            fence = executor.active.get(saga_id)
             if fence is not None:
                 self._give_up(fence)
         self._coordinator.close()
@@ -167,15 +188,25 @@ class Worker:
                 if not self._slots.may_look_again(error):
                     break
             for job in found:
-                threading.Thread(target=self._do, args=(job,), name="sagalog-saga", daemon=True).start()
+                self._begin(job)
             with self._wake:
                 if not self._told and not self._stopping:
                     self._wake.wait(self._slots.poll)
                 self._told = False
 
+    def _begin(self, job: Job) -> None:
+        try:
+            threading.Thread(target=self._do, args=(job,), name="sagalog-saga", daemon=True).start()
+        except RuntimeError as error:  # the process may have no more threads now
+            self._slots.told(job, error)
+            self._slots.over(job)
+
+    def _is_wanted(self) -> bool:
+        return not self._stopping
+
     def _do(self, job: Job) -> None:
         try:
-            drive(self._slots.core.do(job), self._coordinator._perform)
+            drive(self._slots.core.do(job, self._is_wanted), self._coordinator._perform)
         except BaseException as error:
             self._slots.told(job, error)
         finally:
@@ -213,6 +244,7 @@ class AsyncWorker:
 
     async def shutdown(self, grace: float = 10.0) -> None:
         """See `Worker.shutdown`; what runs longer is cancelled, and recovery decides."""
+        _check_grace(grace)
         looking, self._looking = self._looking, None
         if looking is None:
             return
@@ -227,8 +259,22 @@ class AsyncWorker:
             _, late = await asyncio.wait(tasks, timeout=grace)
             for task in late:
                 task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            if late:
+                await asyncio.wait(late, timeout=_CANCELLED_WITHIN)
+            for saga_id in list(self._slots.busy):
+                await self._give_up(saga_id)
         await self._coordinator.close()
+
+    async def _give_up(self, saga_id: int) -> None:
+        active = self._slots.core.executor.active
+        fence = active.get(saga_id)
+        if fence is None:
+            return
+        try:
+            await self._coordinator.log._bind.perform(owning.give_up(fence))
+        except LogUnavailable as error:
+            _log.warning("saga %s could not be given up: %s", saga_id, error)
+        active.pop(saga_id, None)
 
     async def __aenter__(self) -> AsyncWorker:
         await self.start()
@@ -259,9 +305,12 @@ class AsyncWorker:
             except TimeoutError:
                 pass
 
+    def _is_wanted(self) -> bool:
+        return not self._stopping
+
     async def _do(self, job: Job) -> None:
         try:
-            await adrive(self._slots.core.do(job), self._coordinator._perform)
+            await adrive(self._slots.core.do(job, self._is_wanted), self._coordinator._perform)
         except Exception as error:
             self._slots.told(job, error)
         finally:

@@ -213,8 +213,10 @@ class SagaLog:
             How many sagas there were.
         """
         total = 0
-        while (moved := self._bind.perform(reopening.quarantine_batch(note=note, actor=actor))) > 0:
-            total += moved
+        more = True
+        while more:
+            batch = self._bind.perform(reopening.quarantine_batch(note=note, actor=actor))
+            total, more = total + batch.moved, batch.more
         return total
 
     def close(self) -> None:
@@ -344,8 +346,10 @@ class AsyncSagaLog:
     async def quarantine(self, *, note: str, actor: str) -> int:
         """See `SagaLog.quarantine`."""
         total = 0
-        while (moved := await self._bind.perform(reopening.quarantine_batch(note=note, actor=actor))) > 0:
-            total += moved
+        more = True
+        while more:
+            batch = await self._bind.perform(reopening.quarantine_batch(note=note, actor=actor))
+            total, more = total + batch.moved, batch.more
         return total
 
     async def close(self) -> None:

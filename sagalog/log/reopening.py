@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from sagalog.errors import InvalidTransition
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.fencing import head_of
@@ -61,27 +63,37 @@ def reopen(saga_id: int, target: SagaState, *, note: str, actor: str, again: boo
     return Call(asked, Kind.SEVERAL, run, saga_id)
 
 
-def quarantine_batch(*, note: str, actor: str) -> Operation[int]:
+class Moved(NamedTuple):
+    """What a batch did.
+
+    Attributes:
+        moved: How many sagas it moved.
+        more: Whether there may be more: it saw some, which another process may have claimed meanwhile.
+    """
+
+    moved: int
+    more: bool
+
+
+def quarantine_batch(*, note: str, actor: str) -> Operation[Moved]:
     """Give open sagas to a person, some hundred in one transaction.
 
     Args:
         note: Why; it becomes the reason of each, and stays in the audit.
         actor: Who says so.
-
-    Returns:
-        How many; 0 when none is open any more.
     """
     asked = "quarantine"
     check_signed(note, actor, asked, None)
     reason = f"quarantine: {printable(note)}"
 
-    def run(db: Database) -> int:
+    def run(db: Database) -> Moved:
         moved = 0
-        for saga_id, epoch, state in db.fetch(db.sql.executors.open_sagas, limit_=BATCH):
+        seen = db.fetch(db.sql.executors.open_sagas, limit_=BATCH)
+        for saga_id, epoch, state in seen:
             values = {"id_": saga_id, "epoch_": epoch, "reason_": reason, "at_": db.now()}
             if db.write(db.sql.owned.to_quarantine, values) == 1:
                 write_audit(db, asked, saga_id, None, note, actor, state, SagaState.FAILED_COMPENSATION)
                 moved += 1
-        return moved
+        return Moved(moved, more=bool(seen))
 
     return Call(asked, Kind.SEVERAL, run)

@@ -5,6 +5,7 @@ Lease times are the database's clock on Postgres, the machine's on SQLite.
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -15,6 +16,10 @@ from sagalog.log.statements.tables import Tables
 from sagalog.states import ATTENTION, UNRESOLVED, SagaState
 
 ENVIRONMENT = "environment"
+
+
+_LONGEST_CHANNEL = 63
+"""Bytes of a name on Postgres."""
 
 
 class ExecutorStatements(Tables):
@@ -137,7 +142,10 @@ class ExecutorStatements(Tables):
     def channel(self) -> str:
         """What submitted sagas are told on, to those that listen."""
         schema = f"{self.placement.schema}." if self.placement.schema else ""
-        return f"sagalog.{schema}{self.placement.prefix}submitted"
+        name = f"sagalog.{schema}{self.placement.prefix}submitted"
+        if len(name.encode()) <= _LONGEST_CHANNEL:
+            return name
+        return f"sagalog.{hashlib.sha256(name.encode()).hexdigest()[:32]}"
 
     @cached_property
     def notify(self) -> Statement:
