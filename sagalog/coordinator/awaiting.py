@@ -155,7 +155,12 @@ class AsyncSagaCoordinator(Shell):
             value = effect.function(*effect.args)
             return await value if inspect.isawaitable(value) else value
         assert isinstance(effect, Together)
-        return await asyncio.gather(*(self._settled(flow) for flow in effect.flows))
+        try:
+            return await asyncio.gather(*(self._settled(flow) for flow in effect.flows))
+        finally:
+            for flow in effect.flows:
+                if inspect.getcoroutinestate(flow) == inspect.CORO_CREATED:
+                    flow.close()  # it was cancelled before it began
 
     async def _settled(self, flow: Any) -> Settled[Any]:
         try:

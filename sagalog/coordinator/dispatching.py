@@ -24,7 +24,7 @@ from sagalog.coordinator.trying import (
     retry_of,
     tried,
 )
-from sagalog.errors import UnusableHandler
+from sagalog.errors import PayloadError, UnusableHandler
 from sagalog.log import owned_steps, owning
 from sagalog.log.database import Operation
 from sagalog.moments import from_ms, now_ms
@@ -86,12 +86,16 @@ async def dispatch_all(run: Run, commands: Iterable[Any]) -> list[Any]:
     if beginnings:
         await run.written(owning.joined("dispatch_all", run.fence, beginnings))
     run.steps.update((step.index, step) for step, _ in placed)
-    ends = await Together(
-        [
-            _ended(run, handler, step, begun=beginning is not None)
-            for handler, (step, beginning) in zip(handlers, placed, strict=True)
-        ]
-    )
+    flows = [
+        _ended(run, handler, step, begun=beginning is not None)
+        for handler, (step, beginning) in zip(handlers, placed, strict=True)
+    ]
+    try:
+        ends = await Together(flows)
+    except BaseException:
+        for step, _ in placed:  # one that was not begun could not say so itself
+            cut_off(run, step)
+        raise
     errors = [end.error for end in ends if end.error is not None]
     if errors:
         # What ends the whole process comes before what ends a step.
@@ -120,7 +124,10 @@ async def _ended(run: Run, handler: Handler, step: Step, *, begun: bool) -> Any:
     A doubt stays in the log, and stops the saga.
     """
     if step.state is StepState.SUCCEEDED:
-        return handler.read_output(step.output_json, run.saga_id, step.index)
+        try:
+            return handler.read_output(step.output_json, run.saga_id, step.index)
+        except PayloadError as error:
+            raise run.stop(differs(run, step.index, str(error))) from error
     if step.state is StepState.FAILED:
         raise failure_of_step(run, step, Refused(recorded_reason(run, step), None))
     try:
@@ -151,7 +158,10 @@ def _recorded(run: Run, index: int, name: str, text: str) -> Step | None:
     step = run.replay.pop(index, None)
     if step is None:
         return None
-    same = step.name == name and _same(run, step, text)
+    try:
+        same = step.name == name and _same(run, step, text)
+    except PayloadError as error:
+        raise run.stop(differs(run, index, str(error))) from error
     if same and step.state is not StepState.COMPENSATED:
         return step
     found = "is undone" if step.state is StepState.COMPENSATED else "holds another command"
