@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from sagalog import (
     AsyncSagaCoordinator,
@@ -31,7 +33,8 @@ from sagalog import (
     UnusableHandler,
     migrations,
 )
-from sagalog.coordinator.effects import Write
+from sagalog.coordinator.effects import Invoke, Write
+from sagalog.errors import LogUnavailable
 from tests.troubled import Killed, Reserve, Shop, beginning_elsewhere, reserving
 
 
@@ -453,3 +456,69 @@ def test_nothing_is_dispatched_after_steps_side_by_side_that_were_cut_off(sqlite
 
     asyncio.run(main())
     assert 2 not in called
+
+
+# Transactional handlers
+
+
+class Keep(Command[int]):
+    """Commits a row with its step."""
+
+
+@pytest.mark.parametrize("undo", [False, True], ids=["step", "undo"])
+def test_a_transactional_commit_whose_answer_was_lost_is_recognised(migrated_url: str, undo: bool) -> None:
+    engine = create_engine(migrated_url)
+    lost = [Wait if undo else Keep]
+    bus = CommandBus()
+
+    @bus.handler(transactional=True, settle=0)
+    def write(cmd: Keep, session: Session) -> int:
+        return 7
+
+    @bus.handler(transactional=True, settle=0)
+    def undone(cmd: Wait, session: Session) -> None:
+        """Nothing is left."""
+
+    @bus.compensation(Keep)
+    def undoes(cmd: Keep, output: int | None) -> Wait:
+        return Wait()
+
+    coordinator = SagaCoordinator(SagaLog(engine), bus)
+
+    @coordinator.saga("writes")
+    def writes(ctx: Any) -> int:
+        answer: int = ctx.dispatch(Keep())
+        if undo:
+            raise ValueError("undo it")
+        return answer
+
+    def losing(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        given = answer(effect)
+        if isinstance(effect, Invoke) and type(effect.cmd) in lost:
+            lost.clear()
+            raise LogUnavailable("commit", "the connection is gone", unknown=True)
+        return given
+
+    coordinator.interpose = losing
+    if undo:
+        with pytest.raises(SagaFailed, match="everything that was done is undone"):
+            coordinator.run(writes)
+    else:
+        assert coordinator.run(writes) == 7
+    assert lost == []
+    coordinator.close()
+    engine.dispose()
+
+
+def test_a_session_of_the_wrong_kind_is_refused() -> None:
+    bus = CommandBus()
+
+    async def asynchronous(cmd: Keep, session: Session) -> int:
+        return 1
+
+    def synchronous(cmd: Keep, session: AsyncSession) -> int:
+        return 1
+
+    for function, wanted in ((asynchronous, "AsyncSession"), (synchronous, "Session")):
+        with pytest.raises(UnusableHandler, match=f"Annotate it as {wanted}"):
+            bus.handler(transactional=True)(function)

@@ -80,7 +80,15 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
         kind = parameter.annotation
         if without_none(kind) is StepInfo:
             wants.append("info")
-        elif _is_session(kind):
+        elif (session := _session_of(kind)) is not None:
+            wanted = "AsyncSession" if is_async(function) else "Session"
+            if session != wanted:
+                raise UnusableHandler(
+                    name_of(function),
+                    f"its parameter {parameter.name!r} is a {session}, and an async function is given an AsyncSession, "
+                    "any other one a Session",
+                    hint=f"Annotate it as {wanted}.",
+                )
             wants.append("session")
         elif (
             cmd_type is None
@@ -126,11 +134,12 @@ def _exact(returns: Any) -> type[Any] | None:
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def _is_session(kind: Any) -> bool:
-    return isinstance(kind, type) and any(
-        base.__module__.startswith("sqlalchemy") and base.__name__ in ("Session", "AsyncSession")
-        for base in kind.__mro__
-    )
+def _session_of(kind: Any) -> str | None:
+    """Which of SQLAlchemy's two kinds of session an annotation is; None if it is none."""
+    for base in kind.__mro__ if isinstance(kind, type) else ():
+        if base.__module__.startswith("sqlalchemy") and base.__name__ in ("Session", "AsyncSession"):
+            return str(base.__name__)
+    return None
 
 
 def takes_none(annotation: Any) -> bool:

@@ -111,7 +111,12 @@ async def tried(
         if not again and handler.read_only:
             return Refused(reason_of(failed), failed)
         wait = retry.wait_before(attempt + 1) if again else 0.0
-        await _note_doubt(run, handler, step, failed, wait + handler.timeout if again else 0.0)
+        try:
+            await _note_doubt(run, handler, step, failed, wait + handler.timeout if again else 0.0)
+        except InvalidTransition as error:
+            if not _was_committed(handler, error):
+                raise
+            return await _as_committed(run, handler, step)  # the answer of its commit was lost
         if not again:
             return Doubt(reason_of(failed), failed)
         await Sleep(wait)
@@ -179,14 +184,23 @@ async def fail(run: Run, handler: Handler, step: Step, refused: Refused) -> Succ
     try:
         await run.written(owned_steps.fail_step(run.fence, step.index, refused.reason))
     except InvalidTransition as error:
-        if not handler.transactional or error.found not in (StepState.SUCCEEDED, StepState.COMPENSATED):
+        if not _was_committed(handler, error):
             raise
-        record = await Write(reading.stored(run.saga_id))
-        text = next(held.output_json for held in record.steps if held.step_index == step.index) or "[]"
-        return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
+        return await _as_committed(run, handler, step)
     step.state = StepState.FAILED
     step.output_json = encode({"error": refused.reason}, "fail_step", run.saga_id, step.index)
     return refused
+
+
+def _was_committed(handler: Handler, error: InvalidTransition) -> bool:
+    return handler.transactional and error.found in (StepState.SUCCEEDED, StepState.COMPENSATED)
+
+
+async def _as_committed(run: Run, handler: Handler, step: Step) -> Succeeded:
+    """What a transactional handler's commit wrote of its step."""
+    record = await Write(reading.stored(run.saga_id))
+    text = next(held.output_json for held in record.steps if held.step_index == step.index) or "[]"
+    return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
 
 
 def cut_off(run: Run, step: Step) -> None:
