@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from sqlalchemy import create_engine, text
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 from sagalog import (
@@ -522,3 +522,53 @@ def test_a_session_of_the_wrong_kind_is_refused() -> None:
     for function, wanted in ((asynchronous, "AsyncSession"), (synchronous, "Session")):
         with pytest.raises(UnusableHandler, match=f"Annotate it as {wanted}"):
             bus.handler(transactional=True)(function)
+
+
+@pytest.mark.parametrize("driver", ["sync", "async"])
+def test_a_transactional_handler_cannot_commit_by_its_connection(migrated_url: str, driver: str) -> None:
+    engine = create_engine(migrated_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE kept (place INTEGER)"))
+    bus = CommandBus()
+    insert = text("INSERT INTO kept VALUES (1)")
+
+    async def main() -> None:
+        @bus.handler(transactional=True, read_only=True)
+        async def keep(cmd: Keep, session: AsyncSession) -> int:
+            await session.execute(insert)
+            await (await session.connection()).commit()
+            return 1
+
+        own = create_async_engine(migrated_url.replace("sqlite:", "sqlite+aiosqlite:"))
+        coordinator = AsyncSagaCoordinator(AsyncSagaLog(own), bus)
+
+        @coordinator.saga("keeps")
+        async def keeps(ctx: Any) -> None:
+            await ctx.dispatch(Keep())
+
+        with pytest.raises(SagaFailed, match="without the end of its step"):
+            await coordinator.run(keeps)
+        await coordinator.close()
+        await own.dispose()
+
+    if driver == "async":
+        asyncio.run(main())
+    else:
+
+        @bus.handler(transactional=True, read_only=True)
+        def keep(cmd: Keep, session: Session) -> int:
+            session.execute(insert)
+            session.connection().commit()
+            return 1
+
+        with SagaCoordinator(SagaLog(engine), bus) as coordinator:
+
+            @coordinator.saga("keeps")
+            def keeps(ctx: Any) -> None:
+                ctx.dispatch(Keep())
+
+            with pytest.raises(SagaFailed, match="without the end of its step"):
+                coordinator.run(keeps)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM kept")).scalar_one() == 0
+    engine.dispose()

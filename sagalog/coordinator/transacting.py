@@ -153,19 +153,25 @@ class Transactions:
 def _not_committed(session: Session) -> Iterator[None]:
     """What a handler committed would stay without its step's end."""
 
-    def refuse(_: Session) -> None:
-        if not session.in_nested_transaction():
-            raise UnusableBind(
-                "commit in a transactional handler",
-                "its writes would be there without the end of its step",
-                hint="Leave the commit to the coordinator: return, or raise.",
-            )
+    def refuse(_: object) -> None:
+        raise UnusableBind(
+            "commit in a transactional handler",
+            "its writes would be there without the end of its step",
+            hint="Leave the commit to the coordinator: return, or raise.",
+        )
 
-    event.listen(session, "before_commit", refuse)
+    def refuse_outermost(_: Session) -> None:
+        if not session.in_nested_transaction():
+            refuse(_)
+
+    connection = session.connection()
+    event.listen(session, "before_commit", refuse_outermost)
+    event.listen(connection, "commit", refuse)
     try:
         yield
     finally:
-        event.remove(session, "before_commit", refuse)
+        event.remove(session, "before_commit", refuse_outermost)
+        event.remove(connection, "commit", refuse)
 
 
 def _as_durable(engine: Engine, synchronous: str) -> None:
