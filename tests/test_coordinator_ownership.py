@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import sys
 import threading
@@ -33,6 +34,13 @@ from tests.troubled import Done, Killed, Release, Shop, beginning_elsewhere, res
 def log(migrated_url: str) -> Iterator[SagaLog]:
     with SagaLog.open(migrated_url) as opened:
         yield opened
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What is logged, also when an Alembic environment of another test has switched off the loggers that it found."""
+    monkeypatch.setattr(logging.getLogger("sagalog"), "disabled", False)
+    return caplog
 
 
 # Whose a saga is
@@ -312,7 +320,7 @@ def test_a_worker_that_is_shut_down_while_a_handler_hangs_gives_up_its_lease(log
 
 
 def test_a_worker_says_once_that_the_log_does_not_answer_and_goes_on_when_it_does(
-    migrated_url: str, log: SagaLog, caplog: pytest.LogCaptureFixture
+    migrated_url: str, log: SagaLog, told: pytest.LogCaptureFixture
 ) -> None:
     coordinator = SagaCoordinator(log, Shop().bus)
     submitted = coordinator.submit(reserving(coordinator), 1)
@@ -333,10 +341,10 @@ def test_a_worker_says_once_that_the_log_does_not_answer_and_goes_on_when_it_doe
             connection.execute(text("ALTER TABLE away RENAME TO saga"))
         assert coordinator.wait(submitted, timeout=30) == 1
     outside.dispose()
-    assert [record.levelname for record in caplog.records if "until the log answers" in record.message] == ["WARNING"]
+    assert [record.levelname for record in told.records if "until the log answers" in record.message] == ["WARNING"]
 
 
-def test_nothing_of_a_worker_is_left_once_its_log_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_of_a_worker_is_left_once_its_log_is_closed(told: pytest.LogCaptureFixture) -> None:
     before = set(threading.enumerate())
     log = SagaLog.open_in_memory()
     coordinator = SagaCoordinator(log, Shop().bus, lease=0.3)
@@ -348,10 +356,10 @@ def test_nothing_of_a_worker_is_left_once_its_log_is_closed(caplog: pytest.LogCa
     for thread in left:
         thread.join(timeout=30)
     assert set(threading.enumerate()) - before == set()
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["the worker ends"]
+    assert [record.message.partition(":")[0] for record in told.records] == ["the worker ends"]
 
 
-def test_an_async_worker_ends_once_its_log_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_async_worker_ends_once_its_log_is_closed(told: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         log = await AsyncSagaLog.open_in_memory()
         coordinator = AsyncSagaCoordinator(log, CommandBus(), lease=0.3)
@@ -362,7 +370,7 @@ def test_an_async_worker_ends_once_its_log_is_closed(caplog: pytest.LogCaptureFi
         await asyncio.wait_for(asyncio.gather(*tasks), timeout=30)
 
     asyncio.run(main())
-    assert [record.message.partition(":")[0] for record in caplog.records] == ["the worker ends"]
+    assert [record.message.partition(":")[0] for record in told.records] == ["the worker ends"]
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
