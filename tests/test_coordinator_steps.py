@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
 
 from sagalog import (
     AsyncSagaCoordinator,
@@ -260,78 +258,3 @@ def test_an_async_compensation_is_refused() -> None:
         @bus.compensation(Reserve)
         async def undo_reserve(cmd: Reserve, output: Done) -> Release:
             return Release()
-
-
-# Transactional handlers
-
-
-@pytest.fixture
-def engine(migrated_url: str) -> Iterator[Engine]:
-    engine = create_engine(migrated_url)
-    with engine.begin() as connection:
-        connection.execute(text("CREATE TABLE stock (amount INTEGER)"))
-    yield engine
-    engine.dispose()
-
-
-def test_a_transactional_handler_cannot_commit_without_its_step(engine: Engine) -> None:
-    bus, undone = CommandBus(), []
-
-    @bus.handler(transactional=True)
-    def do_reserve(cmd: Reserve, session: Session) -> Done:
-        session.execute(text("INSERT INTO stock VALUES (1)"))
-        session.commit()
-        raise ValueError("too late")
-
-    @bus.compensation(Reserve)
-    def undo_reserve(cmd: Reserve, output: Done) -> Release:
-        return Release()
-
-    @bus.handler
-    def do_release(cmd: Release) -> None:
-        undone.append(cmd)
-
-    with SagaCoordinator(SagaLog(engine), bus) as coordinator, pytest.raises(SagaFailed, match="commit") as failed:
-        coordinator.run(reserving(coordinator), 1)
-    assert failed.value.outcome == "compensated"
-    with engine.connect() as connection:
-        assert connection.execute(text("SELECT count(*) FROM stock")).scalar_one() == 0
-
-
-def test_a_transactional_handler_may_use_savepoints_and_flush(engine: Engine) -> None:
-    bus = CommandBus()
-
-    @bus.handler(transactional=True, pivot=True)
-    def do_reserve(cmd: Reserve, session: Session) -> Done:
-        with session.begin_nested():
-            session.execute(text("INSERT INTO stock VALUES (1)"))
-        session.flush()
-        return Done()
-
-    with SagaCoordinator(SagaLog(engine), bus) as coordinator:
-        assert coordinator.run(reserving(coordinator), 1) == 1
-    with engine.connect() as connection:
-        assert connection.execute(text("SELECT count(*) FROM stock")).scalar_one() == 1
-
-
-def test_a_transactional_handler_may_return_a_row_that_expires_with_its_commit(engine: Engine) -> None:
-    class Base(MappedAsDataclass, DeclarativeBase):
-        """The application's."""
-
-    class Order(Base):
-        __tablename__ = "shop_order"
-        name: Mapped[str] = mapped_column(primary_key=True)
-
-    Base.metadata.create_all(engine)
-    bus = CommandBus()
-
-    @bus.handler(transactional=True, pivot=True)
-    def do_reserve(cmd: Reserve, session: Session) -> Any:
-        order = Order(name="lamp")
-        session.add(order)
-        session.flush()
-        return order
-
-    with SagaCoordinator(SagaLog(engine), bus) as coordinator:
-        assert coordinator.run(reserving(coordinator), 1) == 1
-        assert coordinator.log.get(1).steps[0].output == [{"name": "lamp"}]

@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from sqlalchemy import create_engine, text
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
 
 from sagalog import (
     AsyncSagaCoordinator,
@@ -33,8 +31,7 @@ from sagalog import (
     UnusableHandler,
     migrations,
 )
-from sagalog.coordinator.effects import Invoke, Write
-from sagalog.errors import LogUnavailable
+from sagalog.coordinator.effects import Write
 from tests.troubled import Killed, Reserve, Shop, beginning_elsewhere, reserving
 
 
@@ -456,119 +453,3 @@ def test_nothing_is_dispatched_after_steps_side_by_side_that_were_cut_off(sqlite
 
     asyncio.run(main())
     assert 2 not in called
-
-
-# Transactional handlers
-
-
-class Keep(Command[int]):
-    """Commits a row with its step."""
-
-
-@pytest.mark.parametrize("undo", [False, True], ids=["step", "undo"])
-def test_a_transactional_commit_whose_answer_was_lost_is_recognised(migrated_url: str, undo: bool) -> None:
-    engine = create_engine(migrated_url)
-    lost = [Wait if undo else Keep]
-    bus = CommandBus()
-
-    @bus.handler(transactional=True, settle=0)
-    def write(cmd: Keep, session: Session) -> int:
-        return 7
-
-    @bus.handler(transactional=True, settle=0)
-    def undone(cmd: Wait, session: Session) -> None:
-        """Nothing is left."""
-
-    @bus.compensation(Keep)
-    def undoes(cmd: Keep, output: int | None) -> Wait:
-        return Wait()
-
-    coordinator = SagaCoordinator(SagaLog(engine), bus)
-
-    @coordinator.saga("writes")
-    def writes(ctx: Any) -> int:
-        answer: int = ctx.dispatch(Keep())
-        if undo:
-            raise ValueError("undo it")
-        return answer
-
-    def losing(effect: Any, answer: Callable[[Any], Any]) -> Any:
-        given = answer(effect)
-        if isinstance(effect, Invoke) and type(effect.cmd) in lost:
-            lost.clear()
-            raise LogUnavailable("commit", "the connection is gone", unknown=True)
-        return given
-
-    coordinator.interpose = losing
-    if undo:
-        with pytest.raises(SagaFailed, match="everything that was done is undone"):
-            coordinator.run(writes)
-    else:
-        assert coordinator.run(writes) == 7
-    assert lost == []
-    coordinator.close()
-    engine.dispose()
-
-
-def test_a_session_of_the_wrong_kind_is_refused() -> None:
-    bus = CommandBus()
-
-    async def asynchronous(cmd: Keep, session: Session) -> int:
-        return 1
-
-    def synchronous(cmd: Keep, session: AsyncSession) -> int:
-        return 1
-
-    for function, wanted in ((asynchronous, "AsyncSession"), (synchronous, "Session")):
-        with pytest.raises(UnusableHandler, match=f"Annotate it as {wanted}"):
-            bus.handler(transactional=True)(function)
-
-
-@pytest.mark.parametrize("driver", ["sync", "async"])
-def test_a_transactional_handler_cannot_commit_by_its_connection(migrated_url: str, driver: str) -> None:
-    engine = create_engine(migrated_url)
-    with engine.begin() as connection:
-        connection.execute(text("CREATE TABLE kept (place INTEGER)"))
-    bus = CommandBus()
-    insert = text("INSERT INTO kept VALUES (1)")
-
-    async def main() -> None:
-        @bus.handler(transactional=True, read_only=True)
-        async def keep(cmd: Keep, session: AsyncSession) -> int:
-            await session.execute(insert)
-            await (await session.connection()).commit()
-            return 1
-
-        own = create_async_engine(migrated_url.replace("sqlite:", "sqlite+aiosqlite:"))
-        coordinator = AsyncSagaCoordinator(AsyncSagaLog(own), bus)
-
-        @coordinator.saga("keeps")
-        async def keeps(ctx: Any) -> None:
-            await ctx.dispatch(Keep())
-
-        with pytest.raises(SagaFailed, match="without the end of its step"):
-            await coordinator.run(keeps)
-        await coordinator.close()
-        await own.dispose()
-
-    if driver == "async":
-        asyncio.run(main())
-    else:
-
-        @bus.handler(transactional=True, read_only=True)
-        def keep(cmd: Keep, session: Session) -> int:
-            session.execute(insert)
-            session.connection().commit()
-            return 1
-
-        with SagaCoordinator(SagaLog(engine), bus) as coordinator:
-
-            @coordinator.saga("keeps")
-            def keeps(ctx: Any) -> None:
-                ctx.dispatch(Keep())
-
-            with pytest.raises(SagaFailed, match="without the end of its step"):
-                coordinator.run(keeps)
-    with engine.connect() as connection:
-        assert connection.execute(text("SELECT count(*) FROM kept")).scalar_one() == 0
-    engine.dispose()

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import create_engine, text
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -271,92 +270,3 @@ def test_a_handler_that_hangs_holds_no_slot_once_its_saga_is_given_up(sqlite_pat
                 coordinator.wait(first, timeout=30)  # the same worker recovers it
             ends.set()
     assert failed.value.outcome == "compensated"
-
-
-# Transactional handlers
-
-
-class Note(BaseModel):
-    text: str
-
-
-def noting(stage: Stage, bus: CommandBus, trouble: list[BaseException]) -> None:
-    """A handler that writes a row of the host's, sync or async, and then perhaps raises."""
-    insert = text("INSERT INTO note (body) VALUES (:body)")
-
-    if stage.asynchronous:
-
-        @bus.handler(transactional=True, pivot=True)
-        async def anote(cmd: Note, session: AsyncSession) -> None:
-            await session.execute(insert, {"body": cmd.text})
-            if trouble:
-                raise trouble.pop()
-    else:
-
-        @bus.handler(transactional=True, pivot=True)
-        def note(cmd: Note, session: Session) -> None:
-            session.execute(insert, {"body": cmd.text})
-            if trouble:
-                raise trouble.pop()
-
-
-def notes(stage: Stage) -> list[str]:
-    return [row[0] for row in stage.sql("SELECT body FROM note")]
-
-
-def note_taking(stage: Stage, trouble: list[BaseException], then: Any = None) -> Any:
-    stage.sql("CREATE TABLE note (body TEXT NOT NULL UNIQUE)")
-    noting(stage, stage.bus, trouble)
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("take_note")
-    def take_note(ctx: Any, words: str) -> None:
-        ctx.dispatch(Note(text=words))
-        if then is not None:
-            then(ctx)
-
-    return coordinator
-
-
-def test_a_transactional_handlers_writes_commit_with_its_step(stage: Stage) -> None:
-    seen: list[Any] = []
-    coordinator = note_taking(
-        stage, [], lambda ctx: seen.append((notes(stage), stage.log.get(ctx.saga_id).steps[0].state))
-    )
-    coordinator.run("take_note", "hello")
-    assert seen == [(["hello"], "succeeded")]
-
-
-def test_a_transactional_handler_that_raises_did_nothing(stage: Stage) -> None:
-    coordinator = note_taking(stage, [OSError("too late")])
-    with pytest.raises(SagaFailed, match="OSError: too late") as failure:
-        coordinator.run("take_note", "hello")
-    assert failure.value.outcome == "compensated"
-    assert notes(stage) == []
-    assert stage.log.get(failure.value.saga_id).steps[0].state == "failed"
-
-
-def test_a_transactional_handler_that_breaks_a_constraint_did_nothing(stage: Stage) -> None:
-    coordinator = note_taking(stage, [])
-    coordinator.run("take_note", "hello")
-    with pytest.raises(SagaFailed) as failure:
-        coordinator.run("take_note", "hello")
-    assert isinstance(failure.value.cause.__cause__, IntegrityError)  # type: ignore[union-attr]
-    assert failure.value.outcome == "compensated"
-    assert notes(stage) == ["hello"]
-
-
-def test_a_transactional_handler_of_a_process_that_lost_its_saga_commits_nothing(stage: Stage) -> None:
-    class Late(BaseModel):
-        text: str
-
-    coordinator = note_taking(stage, [], lambda ctx: ctx.dispatch(Late(text="late")))
-
-    def lose(cmd: Late, session: Session) -> None:
-        session.execute(text("INSERT INTO note (body) VALUES (:body)"), {"body": cmd.text})
-        session.execute(text("UPDATE saga SET epoch = epoch + 1"))
-
-    stage.bus.handler(transactional=True, pivot=True)(lose)
-    with pytest.raises(Exception, match="taken over"):
-        coordinator.run("take_note", "hello")
-    assert notes(stage) == ["hello"]

@@ -107,6 +107,10 @@ class OutOfTime(Exception):
     """A handler was stopped at its timeout: never a rejection, whatever types its `rejects=` names."""
 
 
+class EndedInside(Exception):
+    """A transactional handler ended its transaction by SQL of its own: neither done with its step, nor surely not."""
+
+
 class Cancelled(Exception):
     """A handler raised CancelledError, and nobody cancelled its task."""
 

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
 from sagalog.coordinator.definition import Definition
-from sagalog.coordinator.effects import Flow, Sleep, Write
+from sagalog.coordinator.effects import EndedInside, Flow, Sleep, Write
 from sagalog.errors import (
     LeaseLost,
     LogUnavailable,
@@ -104,6 +104,11 @@ class Step:
         """Whether it may have happened and is not undone."""
         return self.state in (StepState.PENDING, StepState.SUCCEEDED)
 
+    def surely_did_nothing(self, handler: Handler) -> bool:
+        """Whether it changed nothing, if it is pending: the log would hold its end."""
+        ended_inside = self.error is not None and self.error.startswith(EndedInside.__name__)
+        return handler.does_nothing_unless_it_ends and not ended_inside
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -191,7 +196,7 @@ class Run:
         handler = self.handler_named(step.name)
         if handler is None or not handler.pivot:
             return False
-        return step.state is StepState.SUCCEEDED or not handler.does_nothing_unless_it_ends
+        return step.state is StepState.SUCCEEDED or not step.surely_did_nothing(handler)
 
     @property
     def reached_pivot(self) -> bool:

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import NullPool
 
-from sagalog.coordinator.effects import Invoke
+from sagalog.coordinator.effects import EndedInside, Invoke
 from sagalog.coordinator.threads import in_thread
 from sagalog.errors import SagaLogError, UnusableBind
-from sagalog.log.apart import inner_bind
+from sagalog.log.apart import inner_bind, own_engine
 from sagalog.log.caller import CallerBind
 from sagalog.log.connections import file_engine, file_uri
 from sagalog.log.database import Call, Kind, Operation
 from sagalog.log.engine import EngineBind
-from sagalog.log.faults import driver_error, is_transient, translate
+from sagalog.log.faults import driver_error, is_savepoint_missing, is_transient, translate
 from sagalog.log.file import FileBind
+from sagalog.log.one_connection import take_turn, turn_of
 from sagalog.log.statements import Statements
 from sagalog.placement import Placement
 
@@ -74,65 +77,71 @@ class Transactions:
         if engine.dialect.is_async:
             raise UnusableBind("a transactional handler", "the engine is async", hint="Use an AsyncSagaCoordinator.")
         with Session(engine) as session:
-            return self._inside(session, effect, None)
+            return self._inside(session, effect, time.sleep)
 
-    def _inside(self, session: Session, effect: Invoke[Any], sleep: Any) -> Any:
-        caller = self._begun(session, sleep)
+    def _inside(self, session: Session, effect: Invoke[Any], sleep: Callable[[float], Any]) -> Any:
+        transaction = _Transaction(session, self._sql, sleep)
         try:
-            with _not_committed(session):
+            transaction.begin()
+            try:
                 value = effect.handler.function(*effect.arguments(session))
-        except Exception as error:
-            raise self._told(error) from error
-        self._end(session, caller, effect, value)
+            except Exception as error:
+                raise transaction.told(error) from error
+            transaction.end(effect, value)
+        finally:
+            transaction.close()
         return value
 
-    def _begun(self, session: Session, sleep: Any) -> CallerBind:
-        caller = CallerBind(session, self._sql) if sleep is None else CallerBind(session, self._sql, sleep=sleep)
-        caller.begin()
-        return caller
-
-    def _end(self, session: Session, caller: CallerBind, effect: Invoke[Any], value: Any) -> None:
-        assert effect.ended is not None
-        ended = effect.ended(value)
-        try:
-            caller.perform(ended)
-            session.commit()
-        except SagaLogError:
-            raise
-        except Exception as error:
-            raise translate(error, _COMMIT, "the log's database", committing=True) from driver_error(error)
-
-    def _told(self, error: Exception) -> Exception:
-        """A handler whose transaction the database gave up did nothing, and may be tried again."""
-        if not isinstance(error, DBAPIError) or not is_transient(error):
-            return error
-        return translate(error, _COMMIT, "the log's database", committing=False)
-
     async def aperform(self, effect: Invoke[Any]) -> Any:
-        """Call a handler, sync or async, with the AsyncSession or its sync counterpart."""
+        """Call an async handler with an AsyncSession; a sync one in a thread, with a Session."""
         from sqlalchemy.ext.asyncio import AsyncSession
 
         from sagalog.log.asynchronous import sleep_in_greenlet
 
-        if not effect.handler.signature.is_async and isinstance(self._inner, FileBind):
-            return await in_thread(self.perform, effect)
+        if not effect.handler.signature.is_async and not self._has_one_connection:
+            return await in_thread(self.perform if isinstance(self._inner, FileBind) else self._in_own_loop, effect)
         async with AsyncSession(self._asyncs()) as session:
             if not effect.handler.signature.is_async:
                 return await session.run_sync(lambda sync: self._inside(sync, effect, sleep_in_greenlet))
             return await self._around(session, effect)
 
+    @property
+    def _has_one_connection(self) -> bool:
+        return isinstance(self._inner, EngineBind) and turn_of(self._inner.engine) is not None
+
+    def _in_own_loop(self, effect: Invoke[Any]) -> Any:
+        """In a thread: an async driver's connections belong to the loop that opened them, so it has its own."""
+        from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+        from sagalog.log.asynchronous import sleep_in_greenlet
+
+        assert isinstance(self._inner, EngineBind)
+        engine = AsyncEngine(own_engine(self._inner.engine))
+
+        async def call() -> Any:
+            try:
+                async with AsyncSession(engine) as session:
+                    return await session.run_sync(lambda sync: self._inside(sync, effect, sleep_in_greenlet))
+            finally:
+                await engine.dispose()
+
+        return asyncio.run(call())
+
     async def _around(self, session: Any, effect: Invoke[Any]) -> Any:
         from sagalog.log.asynchronous import decided, sleep_in_greenlet
 
-        caller = await session.run_sync(lambda sync: self._begun(sync, sleep_in_greenlet))
+        transaction = _Transaction(session.sync_session, self._sql, sleep_in_greenlet)
         try:
-            with _not_committed(session.sync_session):
+            await session.run_sync(lambda _: transaction.begin())
+            try:
                 value = effect.handler.function(*effect.arguments(session))
                 if inspect.isawaitable(value):
                     value = await value
-        except Exception as error:
-            raise self._told(error) from error
-        await decided(session.run_sync(lambda sync: self._end(sync, caller, effect, value)))
+            except Exception as error:
+                raise await session.run_sync(lambda _, raised: transaction.told(raised), error) from error
+            await decided(session.run_sync(lambda _: transaction.end(effect, value)))
+        finally:
+            await decided(session.run_sync(lambda _: transaction.close()))
         return value
 
     def _asyncs(self) -> Any:
@@ -149,29 +158,133 @@ class Transactions:
         return self._async_engine
 
 
-@contextmanager
-def _not_committed(session: Session) -> Iterator[None]:
-    """What a handler committed would stay without its step's end."""
+class _Transaction:
+    """A transactional handler's transaction, from before it is called to its step's end.
 
-    def refuse(_: object) -> None:
-        raise UnusableBind(
-            "commit in a transactional handler",
-            "its writes would be there without the end of its step",
-            hint="Leave the commit to the coordinator: return, or raise.",
-        )
+    A savepoint marks it: where the mark is gone, the handler has ended it by SQL of its own, and what it wrote may be
+    there without the end of its step.
+    """
 
-    def refuse_outermost(_: Session) -> None:
+    def __init__(self, session: Session, sql: Statements, sleep: Callable[[float], Any]) -> None:
+        self._session = session
+        self._caller = CallerBind(session, sql, sleep=sleep)
+        self._sleep = sleep
+        self._turn: threading.Lock | None = None
+        self._connection: Connection | None = None
+        self._listened: list[tuple[object, str, Callable[..., None]]] = []
+
+    def begin(self) -> None:
+        """Begin it, for writing."""
+        turn = turn_of(self._session.get_bind())
+        if turn is not None:
+            take_turn(turn, _COMMIT.asked, self._sleep)
+            self._turn = turn
+        self._listen(self._session, "after_begin", self._begun)
+        self._listen(self._session, "before_commit", self._refuse_outermost)
+        self._caller.begin()
+
+    def _begun(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+        # Called again where a handler has rolled back, and goes on in another one.
+        if transaction.nested:
+            return
+        self._caller.enter(connection, _COMMIT)
+        connection.exec_driver_sql(f"SAVEPOINT {_MARK}")
+        self._connection = connection
+        self._listen(connection, "commit", _refuse_commit)
+
+    def _refuse_outermost(self, session: Session) -> None:
         if not session.in_nested_transaction():
-            refuse(_)
+            _refuse_commit(session)
 
-    connection = session.connection()
-    event.listen(session, "before_commit", refuse_outermost)
-    event.listen(connection, "commit", refuse)
-    try:
-        yield
-    finally:
-        event.remove(session, "before_commit", refuse_outermost)
-        event.remove(connection, "commit", refuse)
+    def _listen(self, target: object, name: str, heard: Callable[..., None]) -> None:
+        event.listen(target, name, heard)
+        self._listened.append((target, name, heard))
+
+    def _listen_no_more(self) -> None:
+        while self._listened:
+            event.remove(*self._listened.pop())
+
+    def told(self, error: Exception) -> Exception:
+        """What a handler that raised has done: nothing, if its transaction is still the one that was begun.
+
+        Returns:
+            Its error; `LogUnavailable` where the database gave the transaction up, so that it may be tried again; or
+            `EndedInside`.
+        """
+        if isinstance(error, DBAPIError) and is_transient(error):
+            return translate(error, _COMMIT, "the log's database", committing=False)
+        try:
+            self._look_for_mark(f"ROLLBACK TO SAVEPOINT {_MARK}")
+        except EndedInside as ended:
+            return ended
+        except Exception as second:
+            return self.told(second) if isinstance(second, DBAPIError) and is_transient(second) else error
+        return error
+
+    def end(self, effect: Invoke[Any], value: Any) -> None:
+        """Commit what the handler wrote, with the end of its step."""
+        assert effect.ended is not None
+        ended = effect.ended(value)
+        try:
+            self._session.flush()
+        except Exception as error:
+            raise self.told(error) from error
+        self._look_for_mark(f"RELEASE SAVEPOINT {_MARK}")
+        self._listen_no_more()
+        try:
+            self._caller.perform(ended)
+            self._session.commit()
+        except SagaLogError:
+            raise
+        except Exception as error:
+            self._roll_back()
+            if not is_transient(error):
+                raise  # a deferred constraint, say: the database refused it
+            raise translate(error, _COMMIT, "the log's database", committing=True) from driver_error(error)
+
+    def _look_for_mark(self, statement: str) -> None:
+        connection = self._connection
+        assert connection is not None
+        if connection.closed or connection.invalidated:
+            return  # rolled back
+        try:
+            connection.exec_driver_sql(statement)
+        except DBAPIError as error:
+            if is_savepoint_missing(error):
+                raise EndedInside(_ENDED) from error
+            raise
+
+    def _roll_back(self) -> None:
+        """SQLAlchemy gives the connection back as it is; on SQLite a refused commit leaves its transaction open."""
+        connection = self._connection
+        if connection is None or connection.closed or connection.invalidated:
+            return
+        try:
+            connection.connection.rollback()
+        except Exception as error:
+            connection.invalidate(error)
+
+    def close(self) -> None:
+        """Undo what was not committed."""
+        try:
+            self._listen_no_more()
+            self._session.close()
+        finally:
+            turn, self._turn = self._turn, None
+            if turn is not None:
+                turn.release()
+
+
+_MARK = "sagalog_handler"
+_ENDED = "its transaction was ended by SQL of its own, so what it wrote may be there; leave COMMIT to the coordinator"
+
+
+def _refuse_commit(_: object) -> None:
+    raise UnusableBind(
+        "commit in a transactional handler",
+        "its writes would be there without the end of its step",
+        hint="Leave the commit to the coordinator: return, or raise.",
+    )
 
 
 def _as_durable(engine: Engine, synchronous: str) -> None:

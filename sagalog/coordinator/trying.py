@@ -6,7 +6,7 @@ from typing import Any, Final, NamedTuple
 
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
-from sagalog.coordinator.effects import Info, Invoke, OutOfTime, Sleep, Write
+from sagalog.coordinator.effects import EndedInside, Info, Invoke, OutOfTime, Sleep, Write
 from sagalog.coordinator.run import Run, Step
 from sagalog.coordinator.signature import events_of
 from sagalog.errors import (
@@ -87,6 +87,10 @@ async def tried(
         except owned_steps.AlreadyEnded as found:
             text = found.output_json or "[]"
             return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
+        except EndedInside as error:
+            # To try again would do it twice, whatever it is.
+            await _note_doubt(run, handler, step, error, 0.0)
+            return Doubt(reason_of(error), error)
         except Exception as error:
             if isinstance(error, handler.rejects) and not isinstance(error, OutOfTime):
                 return Refused(reason_of(error), error)
@@ -107,7 +111,7 @@ async def tried(
                 await _note_doubt(run, handler, step, error, 0.0)
                 return Doubt(reason_of(error), error)
         step.tries = attempt
-        again = attempt < retry.attempts and may_try(step, retry)
+        again = attempt < retry.attempts and may_try(step, retry) and run.stopped is None
         if not again and handler.read_only:
             return Refused(reason_of(failed), failed)
         wait = retry.wait_before(attempt + 1) if again else 0.0
@@ -220,10 +224,10 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
         cmd: The command.
         forward: Whether the saga goes on; a step that surely did nothing is then done, and not only called failed.
     """
-    did_nothing = handler.does_nothing_unless_it_ends
+    did_nothing = step.surely_did_nothing(handler)
     retry = handler.retry
     if did_nothing and not forward:
-        outcome: Outcome = Refused("its process died before it was done", None)
+        outcome: Outcome = Refused(step.error or "its process died before it was done", None)
     elif did_nothing or run.again or (retry is not None and step.tries == 0 and may_try(step, retry)):
         step.deadline_at = due_of(handler, now_ms())
         await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))

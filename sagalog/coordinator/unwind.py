@@ -181,7 +181,7 @@ async def _settle_doubts(run: Run, *, begun: bool) -> None:
         if step.state is not StepState.PENDING or _undo_of(run, step) is not None:
             continue
         handler = _handler(run, step)
-        undone_in_doubt = run.unknown_policy(handler) == "compensate" and not handler.does_nothing_unless_it_ends
+        undone_in_doubt = run.unknown_policy(handler) == "compensate" and not step.surely_did_nothing(handler)
         if begun and undone_in_doubt and step.error is not None and not run.again:
             continue
         cmd = handler.read_cmd(step.cmd_json, run.saga_id, step.index)

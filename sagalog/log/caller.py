@@ -64,7 +64,7 @@ class CallerBind:
                 look = partial(read_found, connection, self._sql.placement)
                 verify_once(connection.dialect, self._sql, name_of(connection.engine), look)
             if not operation.kind.reads:
-                self._enter_transaction(connection, operation)
+                self.enter(connection, operation)
         except Exception as error:
             if isinstance(error, SagaLogError) or not is_fault(error):
                 raise
@@ -92,7 +92,12 @@ class CallerBind:
         if connection.engine.url.database not in (None, "", ":memory:"):
             connection.invalidate()
 
-    def _enter_transaction(self, connection: Connection, operation: Operation[Any]) -> None:
+    def enter(self, connection: Connection, operation: Operation[Any]) -> None:
+        """Make sure that a connection is in a transaction for writing.
+
+        Raises:
+            UnusableBind: It commits every statement by itself.
+        """
         dbapi: Any = connection.connection
         if connection.dialect.name != "sqlite":
             if connection.dialect.detect_autocommit_setting(dbapi.dbapi_connection):

@@ -38,6 +38,7 @@ from sagalog.log.database import (
 )
 from sagalog.log.faults import SQLITE_IOERR, driver_error, is_disconnect, is_fault, sqlite_code, translate, was_sent
 from sagalog.log.forking import leave_to_parent, tell_no_more, tell_of_forks
+from sagalog.log.one_connection import in_turn, take_turn, turn_of
 from sagalog.log.statements import Statements
 from sagalog.schema import Found
 
@@ -74,6 +75,7 @@ class EngineBind:
         if owned:
             tell_of_forks(self)
         self._on_sqlite = engine.dialect.name == "sqlite"
+        self._turn = turn_of(engine)
         if not self._on_sqlite:
             self._transacting = engine.execution_options(isolation_level="READ COMMITTED")
             # SQLAlchemy's errors on it quote no payload, whatever the host's own setting.
@@ -102,7 +104,7 @@ class EngineBind:
             return
 
         def look() -> Found:
-            with self._engine.connect() as connection:
+            with in_turn(self._turn, operation.asked, self._sleep), self._engine.connect() as connection:
                 return read_found(connection, self._sql.placement)
 
         try:
@@ -326,7 +328,7 @@ class _HeldBind:
 class _SqliteTransaction:
     """A transaction on a SQLite driver's cursor; a class, for contextlib's blocks cost as much as a statement."""
 
-    __slots__ = ("_bind", "_connection", "_cursor", "_operation", "_was_manual", "_writing")
+    __slots__ = ("_bind", "_connection", "_cursor", "_operation", "_turn", "_was_manual", "_writing")
 
     def __init__(self, bind: EngineBind, operation: Operation[Any], writing: bool) -> None:  # noqa: FBT001
         self._bind = bind
@@ -334,12 +336,18 @@ class _SqliteTransaction:
         self._writing = writing
         self._was_manual = False
         self._cursor: Any = None
+        self._turn = bind._turn
 
     def __enter__(self) -> CursorDatabase:
         bind = self._bind
+        if self._turn is not None:
+            take_turn(self._turn, self._operation.asked, bind._sleep)
         try:
             self._connection = bind._engine.raw_connection()
-        except Exception as error:
+        except BaseException as error:
+            self._let_others()
+            if not isinstance(error, Exception):
+                raise
             bind._raise(error, self._operation, committing=False)
         try:
             self._cursor = self._connection.cursor()
@@ -387,11 +395,18 @@ class _SqliteTransaction:
 
     def _end(self) -> None:
         connection = self._connection
-        if connection.is_valid:
-            if self._was_manual:
-                driver: Any = connection.driver_connection
-                driver.autocommit = False
-            if self._cursor is not None:
-                self._cursor.close()
-        connection.close()
+        try:
+            if connection.is_valid:
+                if self._was_manual:
+                    driver: Any = connection.driver_connection
+                    driver.autocommit = False
+                if self._cursor is not None:
+                    self._cursor.close()
+            connection.close()
+        finally:
+            self._let_others()
         self._bind._close_returned()
+
+    def _let_others(self) -> None:
+        if self._turn is not None:
+            self._turn.release()

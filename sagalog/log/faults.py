@@ -89,6 +89,12 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
+def is_savepoint_missing(error: BaseException) -> bool:
+    """The transaction that had a savepoint is over."""
+    cause = driver_error(error)
+    return _sqlstate(cause) in ("3B001", "25P01") or (sqlite_code(error) == 1 and "no such savepoint" in str(cause))
+
+
 def _sqlstate(cause: Any) -> str | None:
     state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
     return state if isinstance(state, str) else None

@@ -1,0 +1,523 @@
+"""Transactional handlers: their rows commit with their step, or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
+from sqlalchemy.pool import StaticPool
+
+from sagalog import (
+    AsyncSagaCoordinator,
+    AsyncSagaLog,
+    Command,
+    CommandBus,
+    SagaCoordinator,
+    SagaFailed,
+    SagaLog,
+    UnusableHandler,
+    migrations,
+)
+from sagalog.coordinator.effects import Invoke
+from sagalog.errors import LogUnavailable
+from tests.coordinating import Stage
+from tests.troubled import Done, Release, Reserve, reserving
+
+
+class Note(BaseModel):
+    text: str
+
+
+def noting(stage: Stage, bus: CommandBus, trouble: list[BaseException]) -> None:
+    """A handler that writes a row of the host's, sync or async, and then perhaps raises."""
+    insert = text("INSERT INTO note (body) VALUES (:body)")
+
+    if stage.asynchronous:
+
+        @bus.handler(transactional=True, pivot=True)
+        async def anote(cmd: Note, session: AsyncSession) -> None:
+            await session.execute(insert, {"body": cmd.text})
+            if trouble:
+                raise trouble.pop()
+    else:
+
+        @bus.handler(transactional=True, pivot=True)
+        def note(cmd: Note, session: Session) -> None:
+            session.execute(insert, {"body": cmd.text})
+            if trouble:
+                raise trouble.pop()
+
+
+def notes(stage: Stage) -> list[str]:
+    return [row[0] for row in stage.sql("SELECT body FROM note")]
+
+
+def note_taking(stage: Stage, trouble: list[BaseException], then: Any = None) -> Any:
+    stage.sql("CREATE TABLE note (body TEXT NOT NULL UNIQUE)")
+    noting(stage, stage.bus, trouble)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("take_note")
+    def take_note(ctx: Any, words: str) -> None:
+        ctx.dispatch(Note(text=words))
+        if then is not None:
+            then(ctx)
+
+    return coordinator
+
+
+def test_a_transactional_handlers_writes_commit_with_its_step(stage: Stage) -> None:
+    seen: list[Any] = []
+    coordinator = note_taking(
+        stage, [], lambda ctx: seen.append((notes(stage), stage.log.get(ctx.saga_id).steps[0].state))
+    )
+    coordinator.run("take_note", "hello")
+    assert seen == [(["hello"], "succeeded")]
+
+
+def test_a_transactional_handler_that_raises_did_nothing(stage: Stage) -> None:
+    coordinator = note_taking(stage, [OSError("too late")])
+    with pytest.raises(SagaFailed, match="OSError: too late") as failure:
+        coordinator.run("take_note", "hello")
+    assert failure.value.outcome == "compensated"
+    assert notes(stage) == []
+    assert stage.log.get(failure.value.saga_id).steps[0].state == "failed"
+
+
+def test_a_transactional_handler_that_breaks_a_constraint_did_nothing(stage: Stage) -> None:
+    coordinator = note_taking(stage, [])
+    coordinator.run("take_note", "hello")
+    with pytest.raises(SagaFailed) as failure:
+        coordinator.run("take_note", "hello")
+    assert isinstance(failure.value.cause.__cause__, IntegrityError)  # type: ignore[union-attr]
+    assert failure.value.outcome == "compensated"
+    assert notes(stage) == ["hello"]
+
+
+def test_a_transactional_handler_of_a_process_that_lost_its_saga_commits_nothing(stage: Stage) -> None:
+    class Late(BaseModel):
+        text: str
+
+    coordinator = note_taking(stage, [], lambda ctx: ctx.dispatch(Late(text="late")))
+
+    def lose(cmd: Late, session: Session) -> None:
+        session.execute(text("INSERT INTO note (body) VALUES (:body)"), {"body": cmd.text})
+        session.execute(text("UPDATE saga SET epoch = epoch + 1"))
+
+    stage.bus.handler(transactional=True, pivot=True)(lose)
+    with pytest.raises(Exception, match="taken over"):
+        coordinator.run("take_note", "hello")
+    assert notes(stage) == ["hello"]
+
+
+class Keep(Command[int]):
+    """Commits a row with its step."""
+
+
+class Unkeep(Command[None]):
+    """Undoes it."""
+
+
+@pytest.fixture
+def engine(migrated_url: str) -> Iterator[Engine]:
+    engine = create_engine(migrated_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE stock (amount INTEGER)"))
+    yield engine
+    engine.dispose()
+
+
+def test_a_transactional_handler_cannot_commit_without_its_step(engine: Engine) -> None:
+    bus, undone = CommandBus(), []
+
+    @bus.handler(transactional=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Done:
+        session.execute(text("INSERT INTO stock VALUES (1)"))
+        session.commit()
+        raise ValueError("too late")
+
+    @bus.compensation(Reserve)
+    def undo_reserve(cmd: Reserve, output: Done) -> Release:
+        return Release()
+
+    @bus.handler
+    def do_release(cmd: Release) -> None:
+        undone.append(cmd)
+
+    with SagaCoordinator(SagaLog(engine), bus) as coordinator, pytest.raises(SagaFailed, match="commit") as failed:
+        coordinator.run(reserving(coordinator), 1)
+    assert failed.value.outcome == "compensated"
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM stock")).scalar_one() == 0
+
+
+def test_a_transactional_handler_may_use_savepoints_and_flush(engine: Engine) -> None:
+    bus = CommandBus()
+
+    @bus.handler(transactional=True, pivot=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Done:
+        with session.begin_nested():
+            session.execute(text("INSERT INTO stock VALUES (1)"))
+        session.flush()
+        return Done()
+
+    with SagaCoordinator(SagaLog(engine), bus) as coordinator:
+        assert coordinator.run(reserving(coordinator), 1) == 1
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM stock")).scalar_one() == 1
+
+
+def test_a_transactional_handler_may_return_a_row_that_expires_with_its_commit(engine: Engine) -> None:
+    class Base(MappedAsDataclass, DeclarativeBase):
+        """The application's."""
+
+    class Order(Base):
+        __tablename__ = "shop_order"
+        name: Mapped[str] = mapped_column(primary_key=True)
+
+    Base.metadata.create_all(engine)
+    bus = CommandBus()
+
+    @bus.handler(transactional=True, pivot=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Any:
+        order = Order(name="lamp")
+        session.add(order)
+        session.flush()
+        return order
+
+    with SagaCoordinator(SagaLog(engine), bus) as coordinator:
+        assert coordinator.run(reserving(coordinator), 1) == 1
+        assert coordinator.log.get(1).steps[0].output == [{"name": "lamp"}]
+
+
+@pytest.mark.parametrize("undo", [False, True], ids=["step", "undo"])
+def test_a_transactional_commit_whose_answer_was_lost_is_recognised(migrated_url: str, undo: bool) -> None:
+    engine = create_engine(migrated_url)
+    lost = [Unkeep if undo else Keep]
+    bus = CommandBus()
+
+    @bus.handler(transactional=True, settle=0)
+    def write(cmd: Keep, session: Session) -> int:
+        return 7
+
+    @bus.handler(transactional=True, settle=0)
+    def undone(cmd: Unkeep, session: Session) -> None:
+        """Nothing is left."""
+
+    @bus.compensation(Keep)
+    def undoes(cmd: Keep, output: int | None) -> Unkeep:
+        return Unkeep()
+
+    coordinator = SagaCoordinator(SagaLog(engine), bus)
+
+    @coordinator.saga("writes")
+    def writes(ctx: Any) -> int:
+        answer: int = ctx.dispatch(Keep())
+        if undo:
+            raise ValueError("undo it")
+        return answer
+
+    def losing(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        given = answer(effect)
+        if isinstance(effect, Invoke) and type(effect.cmd) in lost:
+            lost.clear()
+            raise LogUnavailable("commit", "the connection is gone", unknown=True)
+        return given
+
+    coordinator.interpose = losing
+    if undo:
+        with pytest.raises(SagaFailed, match="everything that was done is undone"):
+            coordinator.run(writes)
+    else:
+        assert coordinator.run(writes) == 7
+    assert lost == []
+    coordinator.close()
+    engine.dispose()
+
+
+def test_a_session_of_the_wrong_kind_is_refused() -> None:
+    bus = CommandBus()
+
+    async def asynchronous(cmd: Keep, session: Session) -> int:
+        return 1
+
+    def synchronous(cmd: Keep, session: AsyncSession) -> int:
+        return 1
+
+    for function, wanted in ((asynchronous, "AsyncSession"), (synchronous, "Session")):
+        with pytest.raises(UnusableHandler, match=f"Annotate it as {wanted}"):
+            bus.handler(transactional=True)(function)
+
+
+@pytest.mark.parametrize("driver", ["sync", "async"])
+def test_a_transactional_handler_cannot_commit_by_its_connection(migrated_url: str, driver: str) -> None:
+    engine = create_engine(migrated_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE kept (place INTEGER)"))
+    bus = CommandBus()
+    insert = text("INSERT INTO kept VALUES (1)")
+
+    async def main() -> None:
+        @bus.handler(transactional=True, read_only=True)
+        async def keep(cmd: Keep, session: AsyncSession) -> int:
+            await session.execute(insert)
+            await (await session.connection()).commit()
+            return 1
+
+        own = create_async_engine(migrated_url.replace("sqlite:", "sqlite+aiosqlite:"))
+        coordinator = AsyncSagaCoordinator(AsyncSagaLog(own), bus)
+
+        @coordinator.saga("keeps")
+        async def keeps(ctx: Any) -> None:
+            await ctx.dispatch(Keep())
+
+        with pytest.raises(SagaFailed, match="without the end of its step"):
+            await coordinator.run(keeps)
+        await coordinator.close()
+        await own.dispose()
+
+    if driver == "async":
+        asyncio.run(main())
+    else:
+
+        @bus.handler(transactional=True, read_only=True)
+        def keep(cmd: Keep, session: Session) -> int:
+            session.execute(insert)
+            session.connection().commit()
+            return 1
+
+        with SagaCoordinator(SagaLog(engine), bus) as coordinator:
+
+            @coordinator.saga("keeps")
+            def keeps(ctx: Any) -> None:
+                ctx.dispatch(Keep())
+
+            with pytest.raises(SagaFailed, match="without the end of its step"):
+                coordinator.run(keeps)
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM kept")).scalar_one() == 0
+    engine.dispose()
+
+
+# A handler that ends its transaction itself
+
+
+class Sneak(Command[None]):
+    """Its handler writes a row, and then runs a statement, and then perhaps raises."""
+
+    statement: str
+    raises: bool = False
+
+
+def sneaking(stage: Stage, tries: list[Any]) -> Any:
+    stage.sql("CREATE TABLE note (body TEXT NOT NULL)")
+    insert = text("INSERT INTO note VALUES ('kept')")
+    if stage.asynchronous:
+
+        @stage.bus.handler(transactional=True, read_only=True)
+        async def asneak(cmd: Sneak, session: AsyncSession) -> None:
+            tries.append(cmd)
+            await session.execute(insert)
+            await session.execute(text(cmd.statement))
+            if cmd.raises:
+                raise ValueError("after all")
+            await session.execute(insert)
+    else:
+
+        @stage.bus.handler(transactional=True, read_only=True)
+        def sneak(cmd: Sneak, session: Session) -> None:
+            tries.append(cmd)
+            session.execute(insert)
+            session.execute(text(cmd.statement))
+            if cmd.raises:
+                raise ValueError("after all")
+            session.execute(insert)
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("sneaks")
+    def sneaks(ctx: Any, cmd: Sneak) -> None:
+        ctx.dispatch(cmd)
+
+    return coordinator
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
+def test_a_step_whose_handler_commits_by_a_statement_is_in_doubt(stage: Stage, raises: bool) -> None:
+    tries: list[Any] = []
+    coordinator = sneaking(stage, tries)
+    with pytest.raises(SagaFailed, match="ended by SQL of its own") as failure:
+        coordinator.run("sneaks", Sneak(statement="COMMIT", raises=raises))
+    assert failure.value.outcome == "failed_compensation"
+    record = stage.log.get(failure.value.saga_id)
+    assert [step.state for step in record.steps] == ["pending"]
+    assert len(tries) == 1
+
+
+def test_what_a_handler_ended_itself_is_not_taken_for_undone_by_recovery(stage: Stage) -> None:
+    coordinator = sneaking(stage, [])
+    with pytest.raises(SagaFailed) as failure:
+        coordinator.run("sneaks", Sneak(statement="COMMIT"))
+    saga_id = failure.value.saga_id
+    stage.sql("UPDATE saga SET state = 'running', executor_id = NULL")
+    assert "in doubt" in coordinator.recover().failed_compensation[saga_id]
+
+
+def test_a_transactional_handler_may_roll_back_and_go_on(engine: Engine) -> None:
+    bus = CommandBus()
+
+    @bus.handler(transactional=True, pivot=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Done:
+        session.execute(text("INSERT INTO stock VALUES (1)"))
+        session.rollback()
+        session.execute(text("INSERT INTO stock VALUES (2)"))
+        return Done()
+
+    with SagaCoordinator(SagaLog(engine), bus) as coordinator:
+        assert coordinator.run(reserving(coordinator), 1) == 1
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT amount FROM stock")).scalars().all() == [2]
+
+
+def test_a_commit_that_a_deferred_constraint_refuses_did_nothing(stage: Stage) -> None:
+    stage.sql("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
+    stage.sql("CREATE TABLE child (id INTEGER REFERENCES parent (id) DEFERRABLE INITIALLY DEFERRED)")
+    orphan, tries = text("INSERT INTO child VALUES (1)"), []
+    foreign_keys = text("SELECT 1" if stage.url.startswith("postgresql") else "PRAGMA defer_foreign_keys = ON")
+    if stage.engine is not None and not stage.url.startswith("postgresql"):
+        event.listen(
+            getattr(stage.engine, "sync_engine", stage.engine),
+            "connect",
+            lambda connection, _: connection.cursor().execute("PRAGMA foreign_keys = ON"),
+        )
+    if stage.asynchronous:
+
+        @stage.bus.handler(transactional=True, read_only=True)
+        async def akeep(cmd: Keep, session: AsyncSession) -> int:
+            tries.append(cmd)
+            await session.execute(foreign_keys)
+            await session.execute(orphan)
+            return 1
+    else:
+
+        @stage.bus.handler(transactional=True, read_only=True)
+        def keep(cmd: Keep, session: Session) -> int:
+            tries.append(cmd)
+            session.execute(foreign_keys)
+            session.execute(orphan)
+            return 1
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("keeps")
+    def keeps(ctx: Any) -> None:
+        ctx.dispatch(Keep())
+
+    for _ in range(3):
+        with pytest.raises(SagaFailed, match=r"(?i)foreign.?key") as failure:
+            coordinator.run("keeps")
+        assert failure.value.outcome == "compensated"
+        assert [step.state for step in stage.log.get(failure.value.saga_id).steps] == ["failed"]
+    assert len(tries) == 3
+    assert stage.sql("SELECT count(*) FROM child") == [(0,)]
+
+
+# Threads and loops
+
+
+def test_a_sync_transactional_handler_does_not_hold_up_its_event_loop(migrated_url: str) -> None:
+    other = migrated_url.replace("sqlite:", "sqlite+aiosqlite:").replace("+psycopg", "+asyncpg")
+
+    async def main() -> None:
+        bus, engine = CommandBus(), create_async_engine(other)
+        loop, begun, others = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+        @bus.handler(transactional=True, read_only=True)
+        def keep(cmd: Keep, session: Session) -> int:
+            loop.call_soon_threadsafe(begun.set)
+            assert others.wait(30), "nothing else went on in the loop"
+            return int(session.execute(text("SELECT 7")).scalar_one())
+
+        async with AsyncSagaCoordinator(AsyncSagaLog(engine), bus) as coordinator:
+
+            @coordinator.saga("keeps")
+            async def keeps(ctx: Any) -> int:
+                return int(await ctx.dispatch(Keep()))
+
+            run = asyncio.create_task(coordinator.run(keeps))
+            await begun.wait()
+            others.set()
+            assert await run == 7
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+def test_transactions_on_an_engine_of_one_connection_wait_for_each_other() -> None:
+    engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+    migrations.upgrade(engine)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE stock (amount INTEGER)"))
+    bus, both = CommandBus(), threading.Barrier(4)
+
+    @bus.handler(transactional=True, pivot=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Done:
+        session.execute(text("INSERT INTO stock VALUES (1)"))
+        time.sleep(0.001)
+        return Done()
+
+    results: list[Any] = []
+    with SagaCoordinator(SagaLog(engine), bus) as coordinator:
+        saga = reserving(coordinator)
+
+        def run() -> None:
+            both.wait()
+            results.extend(coordinator.run(saga, 1) for _ in range(10))
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM stock")).scalar_one() == 40
+    assert results == [1] * 40
+    engine.dispose()
+
+
+def test_tasks_on_an_async_engine_of_one_connection_wait_for_each_other() -> None:
+    async def main() -> None:
+        engine = create_async_engine("sqlite+aiosqlite://", poolclass=StaticPool)
+        await migrations.upgrade(engine)
+        async with engine.begin() as connection:
+            await connection.execute(text("CREATE TABLE stock (amount INTEGER)"))
+        bus = CommandBus()
+
+        @bus.handler(transactional=True, pivot=True)
+        async def do_reserve(cmd: Reserve, session: AsyncSession) -> Done:
+            await session.execute(text("INSERT INTO stock VALUES (1)"))
+            await asyncio.sleep(0.001)
+            return Done()
+
+        async with AsyncSagaCoordinator(AsyncSagaLog(engine), bus) as coordinator:
+
+            @coordinator.saga("reserving")
+            async def reserving(ctx: Any, order: int) -> int:
+                await ctx.dispatch(Reserve())
+                return order
+
+            assert await asyncio.gather(*(coordinator.run(reserving, n) for n in range(20))) == list(range(20))
+        async with engine.connect() as connection:
+            assert (await connection.execute(text("SELECT count(*) FROM stock"))).scalar_one() == 20
+        await engine.dispose()
+
+    asyncio.run(main())
