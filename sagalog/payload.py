@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar, cast
 
-from pydantic import PydanticSchemaGenerationError, TypeAdapter
+from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter
 from pydantic_core import from_json, to_json
 
 from sagalog.errors import PayloadError, where
@@ -166,13 +167,27 @@ def _stored_badly(problem: str, column: str, saga_id: int | None, step_index: in
     )
 
 
-def is_readable(kind: Any) -> bool:
-    """Whether Pydantic can read values of an annotation back from JSON."""
+def unreadable(kind: Any) -> str | None:
+    """Why values of an annotation cannot be had back from JSON; None if they can."""
     try:
-        _adapter(kind)
-    except PydanticSchemaGenerationError:
-        return False
-    return True
+        adapter = _adapter(kind)
+    except (PydanticUserError, PydanticUndefinedAnnotation, TypeError) as error:
+        return f"Pydantic cannot read it ({type(error).__name__})"
+    try:
+        described = adapter.json_schema(mode="serialization")
+    except Exception:
+        return None  # no schema describes it, and it may be readable all the same
+    if _any_part(described, lambda part: bool(part.get("writeOnly"))):
+        return "it holds a secret, of which only a mask is written"
+    return None
+
+
+def _any_part(described: JsonValue, wanted: Callable[[dict[str, Any]], bool]) -> bool:
+    if isinstance(described, list):
+        return any(_any_part(part, wanted) for part in described)
+    return isinstance(described, dict) and (
+        wanted(described) or any(_any_part(part, wanted) for part in described.values())
+    )
 
 
 def same_json(one: str, other: str) -> bool:

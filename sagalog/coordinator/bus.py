@@ -13,16 +13,19 @@ from sagalog.coordinator.signature import (
     Signature,
     event_type,
     is_async,
+    mixes_lists,
     name_of,
     read_handler,
     reader_of,
+    refuse_generator,
+    refuse_keyword_only,
     resolved,
     takes_none,
     without_none,
 )
 from sagalog.errors import StepRejected, UnusableHandler
 from sagalog.moments import is_seconds
-from sagalog.payload import check_text, decode_as, is_readable
+from sagalog.payload import check_text, decode_as, unreadable
 
 F = TypeVar("F", bound=Callable[..., Any])
 OnUnknown: TypeAlias = Literal["stop", "compensate"]
@@ -66,11 +69,6 @@ class Handler:
     def read_output(self, text: str | None, saga_id: int, step_index: int) -> Any:
         """What the log holds of the handler's answer, as the handler returned it."""
         return self._read_output(text, saga_id, step_index)
-
-    def is_read_back_as(self, value: Any) -> bool:
-        """Whether the log will surely give an answer back as it is: it is of the one class that is annotated."""
-        exact = self.signature.exact
-        return exact is not None and (value is None or type(value) is exact)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,12 +187,20 @@ class CommandBus:
             UnusableHandler: The class has one already, or the annotations do not fit.
         """
         names = _names_at_call()
+        if not isinstance(cmd_type, type):
+            raise UnusableHandler(
+                f"compensation of {getattr(cmd_type, '__name__', repr(cmd_type))}",
+                "that is no command's class",
+                hint="Name the class of the command that is undone: @bus.compensation(ChargeCard).",
+            )
 
         def register(function: F) -> F:
             asked = f"compensation of {cmd_type.__name__}"
             if cmd_type in self._compensations:
                 raise UnusableHandler(asked, "it has one already", hint="One command is undone in one way.")
             signature = resolved(function, names)
+            refuse_generator(function, asked)
+            refuse_keyword_only(signature, asked)
             annotations = [parameter.annotation for parameter in signature.parameters.values()]
             if is_async(function):
                 raise UnusableHandler(asked, "it is async", hint="It only derives a command: write a plain def.")
@@ -321,9 +327,15 @@ def _check_alone(handler: Handler, *, idempotent: bool) -> None:
     elif declared is not NOT_SAID and returns is not NOT_SAID and without_none(returns) != without_none(declared):
         problem = f"it returns {_shown(returns)}, and {handler.cmd_type.__name__} says {_shown(declared)}"
         hint = "Make the two the same."
-    elif not is_readable(handler.cmd_type):
-        problem = f"its command, a {_shown(handler.cmd_type)}, cannot be read back from the log"
-        hint = "Make it a Pydantic model or a dataclass."
+    elif (why_not := unreadable(handler.cmd_type)) is not None:
+        problem = f"its command, a {_shown(handler.cmd_type)}, cannot be read back from the log: {why_not}"
+        hint = "Make it a Pydantic model or a dataclass; name a secret in it, and look it up in the handler."
+    elif returns not in (NOT_SAID, Any, None) and (why_not := unreadable(returns)) is not None:
+        problem = f"what it returns, {_shown(returns)}, cannot be read back from the log: {why_not}"
+        hint = "Return a Pydantic model, a dataclass, what JSON holds, or a list of these."
+    elif mixes_lists(returns):
+        problem = f"it returns {_shown(returns)}, and the log could not tell one event from a list of one"
+        hint = "Say that it returns a list."
     if problem:
         raise UnusableHandler(who, problem, hint=hint)
 

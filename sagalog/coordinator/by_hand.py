@@ -36,9 +36,9 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
         )
         raise run.stop(differs(run, index, problem))
     undone = _chosen(run, cmd, undoes)
-    undo = await begin_undo(run, handler, cmd, undone)
+    undo, held = await begin_undo(run, handler, cmd, undone)
     try:
-        return await undo_until_known(run, handler, undo, cmd, handler.retry or DEFAULT_RETRY)
+        return await undo_until_known(run, handler, undo, held, handler.retry or DEFAULT_RETRY)
     except StepFailed as failure:
         if failure.kind == "in_doubt":
             run.stop(failure)
@@ -73,8 +73,8 @@ def _named(asked: str, done: list[Step], undoes: Sequence[Any]) -> list[Step]:
         raise UnusableHandler(asked, "undoes= is empty", hint="Name the commands, or leave it out for the newest.")
     left, named = list(done), []
     for wanted in undoes:
-        found = next((step for step in left if step.cmd is wanted), None) or next(
-            (step for step in left if step.cmd == wanted), None
+        found = next((step for step in left if step.given is wanted), None) or next(
+            (step for step in left if step.given == wanted), None
         )
         if found is None:
             raise UnusableHandler(

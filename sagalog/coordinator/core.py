@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
@@ -75,7 +75,8 @@ class Core:
         Raises:
             UnusableHandler: It is not registered here.
         """
-        found = self.definitions.get(saga) if isinstance(saga, str) else self._of_function.get(saga)
+        known: Any = self.definitions if isinstance(saga, str) else self._of_function
+        found: Definition | None = known.get(saga) if isinstance(saga, Hashable) else None
         if found is None:
             shown = saga if isinstance(saga, str) else getattr(saga, "__qualname__", repr(saga))
             raise UnusableHandler(
@@ -96,6 +97,7 @@ class Core:
     async def run(self, definition: Definition, input: Any, key: str | None) -> Any:
         """Start a saga and bring it to its end."""
         text = _input_text(definition, input, key)
+        input = definition.as_held(input, text, "run")
         await self.registered()
         token = new_token()
         deadline = deadline_of(definition)
@@ -199,7 +201,7 @@ class Core:
     ) -> Operation[Drawn]:
         """What submits a saga, in whichever transaction."""
         text = _input_text(definition, input, key)
-        definition.check_input(input, text)
+        definition.as_held(input, text, "submit")
         return owning.begin_saga(
             definition.name,
             text,

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sagalog.coordinator.signature import NOT_SAID, is_async, name_of, resolved
+from sagalog.coordinator.signature import (
+    NOT_SAID,
+    is_async,
+    name_of,
+    refuse_generator,
+    refuse_keyword_only,
+    resolved,
+)
 from sagalog.errors import PayloadError, UnusableHandler
 from sagalog.moments import is_seconds
-from sagalog.payload import check_text, decode, decode_as, is_readable
+from sagalog.payload import check_text, decode, decode_as, unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +57,13 @@ class Definition:
             )
         return given[0] if given else None
 
-    def check_input(self, given: Any, text: str) -> None:
-        """Whether a worker will be able to read an input.
+    def as_held(self, given: Any, text: str, asked: str) -> Any:
+        """An input as whoever goes on with the saga will read it.
+
+        Args:
+            given: The input.
+            text: What the log will hold of it.
+            asked: "run" or "submit".
 
         Raises:
             UnusableHandler: The function takes none.
@@ -62,13 +73,14 @@ class Definition:
             self.input_of((given,))
         if self.takes_input and self.input_type not in (NOT_SAID, Any):
             try:
-                decode_as(self.input_type, text, "input", None)
+                return decode_as(self.input_type, text, "input", None)
             except PayloadError:
                 raise PayloadError(
-                    f"submit of {self.name}",
+                    f"{asked} of {self.name}",
                     f"a {type(given).__name__} is no input of it",
-                    hint=f"It takes a {getattr(self.input_type, '__name__', self.input_type)}.",
+                    hint=f"It takes a {_shown(self.input_type)}.",
                 ) from None
+        return given
 
     def read_input(self, text: str, saga_id: int) -> Any:
         """The input that the log holds, as the function takes it."""
@@ -100,9 +112,13 @@ def define(
     """
     asked = f"saga {name_of(function)}"
     check_text(name, "saga's name", asked)
-    parameters = list(resolved(function, names).parameters.values())
+    signature = resolved(function, names)
+    refuse_generator(function, asked)
+    refuse_keyword_only(signature, asked)
+    parameters = list(signature.parameters.values())
     takes_input = len(parameters) == 2
     input_type = parameters[1].annotation if takes_input else NOT_SAID
+    returns = signature.return_annotation
     problem = hint = ""
     if not 1 <= len(parameters) <= 2:
         problem, hint = f"it takes {len(parameters)} arguments", "It is called with (ctx, input), or (ctx)."
@@ -116,9 +132,14 @@ def define(
         problem, hint = f"timeout={timeout!r}", "Seconds, above 0, or None for no end."
     elif not isinstance(resumes, tuple | list | set | frozenset) or not all(type(other) is int for other in resumes):
         problem, hint = f"resumes={resumes!r}", "Name versions: resumes=(1, 2)."
-    elif input_type is not NOT_SAID and not is_readable(input_type):
-        problem = f"its input, a {getattr(input_type, '__name__', input_type)}, cannot be read back from the log"
+    elif input_type is not NOT_SAID and (why_not := unreadable(input_type)) is not None:
+        problem = f"its input, a {_shown(input_type)}, cannot be read back from the log: {why_not}"
         hint = "Make it a Pydantic model, a dataclass, or what JSON holds."
+    elif returns is not NOT_SAID and (why_not := unreadable(returns)) is not None:
+        problem = f"its result, {_shown(returns)}, cannot be read back from the log: {why_not}"
+        hint = "Return a Pydantic model, a dataclass, or what JSON holds."
+    elif not isinstance(function, Hashable):
+        problem, hint = "it cannot be looked up, for it is not hashable", "Register a function."
     if problem:
         raise UnusableHandler(asked, problem, hint=hint)
     return Definition(
@@ -129,10 +150,9 @@ def define(
         timeout=timeout,
         takes_input=takes_input,
         input_type=input_type,
-        returns=_result_type(function, names),
+        returns=returns,
     )
 
 
-def _result_type(function: Callable[..., Any], names: Mapping[str, Any]) -> Any:
-    returned = resolved(function, names).return_annotation
-    return NOT_SAID if returned is inspect.Signature.empty else returned
+def _shown(annotation: Any) -> str:
+    return str(getattr(annotation, "__name__", annotation))

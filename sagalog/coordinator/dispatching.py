@@ -16,6 +16,7 @@ from sagalog.coordinator.trying import (
     Doubt,
     Refused,
     Succeeded,
+    as_held,
     cut_off,
     due_of,
     end_step,
@@ -69,11 +70,11 @@ async def dispatch(run: Run, cmd: Any) -> Any:
     """Do a command: write it, call its handler, write how it ended."""
     run.refuse_stopped()
     handler = admitted(run, cmd)
-    step, beginning = _placed(run, handler, cmd)
-    if beginning is not None:
-        await run.written(beginning)
+    step, held, begun = _placed(run, handler, cmd)
+    if begun is not None:
+        await run.written(begun)
         run.steps[step.index] = step
-    return await _ended(run, handler, step, begun=beginning is not None)
+    return await _ended(run, handler, step, held, begun=begun is not None)
 
 
 async def dispatch_all(run: Run, commands: Iterable[Any]) -> list[Any]:
@@ -82,18 +83,18 @@ async def dispatch_all(run: Run, commands: Iterable[Any]) -> list[Any]:
     commands = list(commands)
     handlers = [admitted(run, cmd) for cmd in commands]
     placed = [_placed(run, handler, cmd) for handler, cmd in zip(handlers, commands, strict=True)]
-    beginnings = [beginning for _, beginning in placed if beginning is not None]
+    beginnings = [begun for _, _, begun in placed if begun is not None]
     if beginnings:
         await run.written(owning.joined("dispatch_all", run.fence, beginnings))
-    run.steps.update((step.index, step) for step, _ in placed)
+    run.steps.update((step.index, step) for step, _, _ in placed)
     flows = [
-        _ended(run, handler, step, begun=beginning is not None)
-        for handler, (step, beginning) in zip(handlers, placed, strict=True)
+        _ended(run, handler, step, held, begun=begun is not None)
+        for handler, (step, held, begun) in zip(handlers, placed, strict=True)
     ]
     try:
         ends = await Together(flows)
     except BaseException:
-        for step, _ in placed:  # one that was not begun could not say so itself
+        for step, _, _ in placed:  # one that was not begun could not say so itself
             cut_off(run, step)
         raise
     errors = [end.error for end in ends if end.error is not None]
@@ -103,22 +104,22 @@ async def dispatch_all(run: Run, commands: Iterable[Any]) -> list[Any]:
     return [end.value for end in ends]
 
 
-def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Operation[None] | None]:
-    """The next step, and the write that begins it; none if the log holds the step already."""
+def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Any, Operation[None] | None]:
+    """The next step, its command as the log holds it, and the write that begins it if the log does not hold it yet."""
     index = run.take_index()
-    text = encode(cmd, f"dispatch of {handler.name}", run.saga_id, index)
+    text, held = as_held(run, handler, cmd, index, f"dispatch of {handler.name}")
     recorded = _recorded(run, index, handler.name, text)
     if recorded is not None:
-        recorded.cmd = cmd
-        return recorded, None
+        recorded.given = cmd
+        return recorded, held, None
     began = now_ms()
     due = due_of(handler, began)
-    step = Step(index, handler.name, text, StepState.PENDING, began, due, cmd=cmd)
+    step = Step(index, handler.name, text, StepState.PENDING, began, due, given=cmd)
     begin = owned_steps.begin_step(run.fence, index, handler.name, text, due, cancellable=not run.reached_pivot)
-    return step, begin
+    return step, held, begin
 
 
-async def _ended(run: Run, handler: Handler, step: Step, *, begun: bool) -> Any:
+async def _ended(run: Run, handler: Handler, step: Step, cmd: Any, *, begun: bool) -> Any:
     """What a step returned; one that an earlier process left in doubt is tried again if that does no harm.
 
     A doubt stays in the log, and stops the saga.
@@ -132,11 +133,11 @@ async def _ended(run: Run, handler: Handler, step: Step, *, begun: bool) -> Any:
         raise failure_of_step(run, step, Refused(recorded_reason(run, step), None))
     try:
         if begun:
-            outcome = await tried(run, handler, step, step.cmd, retry_of(handler))
+            outcome = await tried(run, handler, step, cmd, retry_of(handler))
             if not isinstance(outcome, Doubt):
                 outcome = await end_step(run, handler, step, outcome)
         else:
-            outcome = await known(run, handler, step, step.cmd)
+            outcome = await known(run, handler, step, cmd)
     except BaseException:
         cut_off(run, step)
         raise

@@ -61,7 +61,12 @@ def known_state(kind: type[S], found: str, saga_id: int, step_index: int | None 
 
 @dataclass(slots=True)
 class Step:
-    """A row of the log, as this process knows it."""
+    """A row of the log, as this process knows it.
+
+    Attributes:
+        given: The command that the saga's function dispatched; what is sent is what the log holds of it.
+        tries: How often its handler was called here.
+    """
 
     index: int
     name: str
@@ -72,7 +77,7 @@ class Step:
     output_json: str | None = None
     compensated_by: int | None = None
     error: str | None = None
-    cmd: Any = None
+    given: Any = None
     tries: int = 0
 
     @classmethod

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import collections.abc
 import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from sagalog.coordinator.commands import Command, StepInfo
-from sagalog.errors import UnusableHandler
+from sagalog.errors import PayloadError, UnusableHandler, where
 from sagalog.payload import decode_as
 
 Wanted: TypeAlias = Literal["cmd", "info", "session"]
@@ -27,14 +28,28 @@ class Signature:
         cmd_type: The command's class.
         returns: The annotation of what it returns, or else what its command says by `Command[...]`, or `NOT_SAID`.
         is_async: Whether calling it gives an awaitable.
-        exact: The one class of all answers but None, if there is one.
+        returns_list: Whether it returns a list of events, as annotated.
+        is_simple: Whether its answers are of one class that JSON gives back as it is.
     """
 
     wants: tuple[Wanted, ...]
     cmd_type: type[Any]
     returns: Any
     is_async: bool
-    exact: type[Any] | None
+    returns_list: bool
+    is_simple: bool
+
+    def events_of(self, returned: Any) -> list[Any]:
+        """What a handler returned, as the list that the log holds."""
+        if returned is None:
+            return []
+        if isinstance(returned, list) or (self.returns_list and isinstance(returned, tuple)):
+            return list(returned)
+        return [returned]
+
+    def is_read_back_as(self, value: Any) -> bool:
+        """Whether the log will surely give an answer back as it is."""
+        return self.is_simple and (value is None or type(value) is self.returns)
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -66,6 +81,33 @@ def resolved(function: Callable[..., Any], names: Mapping[str, Any]) -> inspect.
         ) from error
 
 
+def refuse_generator(function: Callable[..., Any], asked: str) -> None:
+    """A function that yields does nothing when it is called.
+
+    Raises:
+        UnusableHandler: It does.
+    """
+    if any(
+        yields(called)
+        for called in (function, getattr(function, "__call__", None))  # noqa: B004 - an object with such a __call__
+        for yields in (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    ):
+        raise UnusableHandler(asked, "it yields, and nothing would run it", hint="Return what it yields.")
+
+
+def refuse_keyword_only(signature: inspect.Signature, asked: str) -> None:
+    """A function is called by position.
+
+    Raises:
+        UnusableHandler: It could not be.
+    """
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            raise UnusableHandler(
+                asked, f"its parameter {parameter.name!r} is keyword-only", hint="Take it by position."
+            )
+
+
 def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Signature:
     """What a handler's annotations say.
 
@@ -73,6 +115,7 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
         UnusableHandler: No parameter is a command, or one is nothing that a handler is given.
     """
     signature = resolved(function, names)
+    refuse_generator(function, name_of(function))
     wants: list[Wanted] = []
     cmd_type: type[Any] | None = None
     passed_over: str | None = None
@@ -123,12 +166,14 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
         raise UnusableHandler(name_of(function), "it takes no command", hint="Annotate its first parameter.")
     said = signature.return_annotation
     returns = event_type(cmd_type) if said is NOT_SAID else said
-    return Signature(tuple(wants), cmd_type, returns, is_async(function), _exact(returns))
-
-
-def _exact(returns: Any) -> type[Any] | None:
-    one = _NONE if returns is None else without_none(returns)
-    return one if isinstance(one, type) and not _is_list(one) and one not in (NOT_SAID, Any) else None
+    return Signature(
+        tuple(wants),
+        cmd_type,
+        returns,
+        is_async(function),
+        returns_list=is_list(without_none(returns)),
+        is_simple=returns in (None, _NONE, str, int, float, bool),
+    )
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -160,24 +205,48 @@ def without_none(annotation: Any) -> Any:
     return annotation
 
 
-def _is_list(annotation: Any) -> bool:
-    return annotation is list or typing.get_origin(annotation) is list
+def is_list(annotation: Any) -> bool:
+    """Whether an annotation means several events."""
+    return (typing.get_origin(annotation) or annotation) in _LISTS
+
+
+def mixes_lists(annotation: Any) -> bool:
+    """Whether an annotation means one event, or a list of them: the log could not tell which it was."""
+    one = without_none(annotation)
+    parts = typing.get_args(one) if typing.get_origin(one) in (typing.Union, types.UnionType) else ()
+    return any(is_list(part) for part in parts)
+
+
+_LISTS = (list, collections.abc.Sequence, collections.abc.MutableSequence, collections.abc.Collection)
 
 
 def event_type(cmd_type: type[Any]) -> Any:
     """What a command class says that its handler returns, by `Command[...]`; `NOT_SAID` if it does not."""
+    chosen: dict[Any, Any] = {}  # what stands for the type variables of generic classes between
     for base in cmd_type.__mro__:
         described = getattr(base, "__pydantic_generic_metadata__", None)
-        if described and described["origin"] is Command and described["args"]:
-            return described["args"][0]
+        if not described or not described["args"]:
+            continue
+        args = [_filled_in(arg, chosen) for arg in described["args"]]
+        if described["origin"] is Command:
+            return NOT_SAID if _variables(args[0]) else args[0]
+        chosen.update(zip(described["origin"].__pydantic_generic_metadata__["parameters"], args, strict=False))
     return NOT_SAID
 
 
-def events_of(returned: Any) -> list[Any]:
-    """What a handler returned, as the list that the log holds."""
-    if returned is None:
-        return []
-    return returned if isinstance(returned, list) else [returned]
+def _filled_in(annotation: Any, chosen: Mapping[Any, Any]) -> Any:
+    if isinstance(annotation, TypeVar):
+        return chosen.get(annotation, annotation)
+    variables = _variables(annotation)
+    return annotation[tuple(chosen.get(one, one) for one in variables)] if variables else annotation
+
+
+def _variables(annotation: Any) -> tuple[Any, ...]:
+    if isinstance(annotation, TypeVar):
+        return (annotation,)
+    described = getattr(annotation, "__pydantic_generic_metadata__", None)
+    found = described["parameters"] if described else getattr(annotation, "__parameters__", ())
+    return tuple(found)
 
 
 def reader_of(returns: Any) -> Callable[[str | None, int, int], Any]:
@@ -194,7 +263,7 @@ def reader_of(returns: Any) -> Callable[[str | None, int, int], Any]:
     kind = Any if unsaid else without_none(returns)
     if kind is None or kind is _NONE:
         return lambda text, saga_id, step_index: None
-    returns_list = _is_list(kind)
+    returns_list = is_list(kind)
     held = kind if returns_list else list[kind]  # type: ignore[valid-type]
 
     def read(text: str | None, saga_id: int, step_index: int) -> Any:
@@ -203,6 +272,15 @@ def reader_of(returns: Any) -> Callable[[str | None, int, int], Any]:
         events = decode_as(held, text, "output_json", saga_id, step_index)
         if returns_list or (unsaid and len(events) > 1):
             return events
+        if len(events) > 1:
+            raise PayloadError(
+                f"reading {where(saga_id, step_index)}",
+                f"there are {len(events)} events, and its handler says that it returns one",
+                saga_id=saga_id,
+                step_index=step_index,
+                found=str(len(events)),
+                hint=f"Annotate what the handler returns as a list: -> list[{getattr(kind, '__name__', kind)}].",
+            )
         return events[0] if events else None
 
     return read

@@ -8,7 +8,6 @@ from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.effects import EndedInside, Info, Invoke, OutOfTime, Sleep, Write
 from sagalog.coordinator.run import Run, Step
-from sagalog.coordinator.signature import events_of
 from sagalog.errors import (
     InvalidTransition,
     LeaseLost,
@@ -16,6 +15,7 @@ from sagalog.errors import (
     PayloadError,
     StepFailed,
     StepRejected,
+    where,
 )
 from sagalog.log import owned_steps, reading
 from sagalog.log.database import Operation
@@ -133,10 +133,31 @@ def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
     Raises:
         PayloadError: The log cannot hold it, or not give it back.
     """
-    text = encode(events_of(value), handler.name, run.saga_id, step.index)
-    if not handler.is_read_back_as(value):
+    text = encode(handler.signature.events_of(value), handler.name, run.saga_id, step.index)
+    if not handler.signature.is_read_back_as(value):
         value = handler.read_output(text, run.saga_id, step.index)
     return Succeeded(value, text)
+
+
+def as_held(run: Run, handler: Handler, cmd: Any, index: int, asked: str) -> tuple[str, Any]:
+    """A command's text for the log, and what is read back from it: this, and nothing else, is sent on every try.
+
+    Raises:
+        PayloadError: The log cannot hold it, or not give it back; nothing was written.
+    """
+    text = encode(cmd, asked, run.saga_id, index)
+    try:
+        return text, handler.read_cmd(text, run.saga_id, index)
+    except PayloadError:
+        problem = f"a {type(cmd).__name__} cannot be read back from what the log would hold of it"
+    raise PayloadError(
+        f"{asked} of {where(run.saga_id, index)}",
+        problem,
+        saga_id=run.saga_id,
+        step_index=index,
+        found=type(cmd).__name__,
+        hint="Its JSON must validate as its class: see exclude=, serialization_alias= and computed fields.",
+    )
 
 
 def may_try(step: Step, retry: Retry) -> bool:

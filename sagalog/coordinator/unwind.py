@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from sagalog.coordinator.trying import (
     Doubt,
     Refused,
     Succeeded,
+    as_held,
     cut_off,
     due_of,
     fail,
@@ -27,7 +29,7 @@ from sagalog.coordinator.trying import (
 from sagalog.errors import PayloadError, SagaLogError, StepFailed, UnusableHandler
 from sagalog.log import owned_steps, owning, reading
 from sagalog.moments import now_ms
-from sagalog.payload import encode
+from sagalog.payload import printable
 from sagalog.states import SagaState, StepState
 
 DEFAULT_RETRY = Retry()
@@ -141,7 +143,7 @@ async def _reload(run: Run) -> None:
         step = Step.of(stored)
         before = run.steps.get(step.index)
         if before is not None:
-            step.cmd, step.tries = before.cmd, before.tries
+            step.given, step.tries = before.given, before.tries
             step.error = step.error or before.error
         run.steps[step.index] = step
     run.unsure = False
@@ -228,8 +230,8 @@ async def _undo(run: Run, step: Step) -> None:
     except UnusableHandler as error:
         raise Unknown(f"no handler here takes {type(cmd).__name__}, which undoes step {step.index}") from error
     _check_callable(run, undo_handler)
-    undo = await begin_undo(run, undo_handler, cmd, [step])
-    await _finish(run, undo_handler, undo, cmd, again=False)
+    undo, held = await begin_undo(run, undo_handler, cmd, [step])
+    await _finish(run, undo_handler, undo, held, again=False)
 
 
 def _mark(run: Run, step: Step) -> None:
@@ -274,23 +276,28 @@ def _derived(run: Run, handler: Handler, step: Step) -> Any:
         derived = compensation.function(cmd, output)
     except Exception as error:
         raise _Blocked(f"{what}: {reason_of(error)}") from error
-    if derived is None:
-        raise _Blocked(f"{what}: its compensation returned None")
+    if derived is None or isinstance(derived, type) or inspect.isawaitable(derived):
+        shown = "None" if derived is None else f"no command, but {derived!r:.80}"
+        raise _Blocked(f"{what}: its compensation returned {printable(shown)}")
     return derived
 
 
-async def begin_undo(run: Run, handler: Handler, cmd: Any, undone: Sequence[Step]) -> Step:
-    """Write the row of an undo, and link the steps that it undoes to it."""
+async def begin_undo(run: Run, handler: Handler, cmd: Any, undone: Sequence[Step]) -> tuple[Step, Any]:
+    """Write the row of an undo, and link the steps that it undoes to it.
+
+    Returns:
+        The row, and the command as the log holds it.
+    """
     index = run.take_undo_index()
-    text = encode(cmd, f"compensate with {handler.name}", run.saga_id, index)
+    text, held = as_held(run, handler, cmd, index, f"compensate with {handler.name}")
     began = now_ms()
     due = due_of(handler, began)
     indexes = tuple(step.index for step in undone)
     await run.written(owned_steps.begin_undo(run.fence, index, handler.name, text, due, indexes))
-    undo = run.steps[index] = Step(index, handler.name, text, StepState.PENDING, began, due, cmd=cmd)
+    undo = run.steps[index] = Step(index, handler.name, text, StepState.PENDING, began, due)
     for step in undone:
         step.compensated_by = index
-    return undo
+    return undo, held
 
 
 async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bool) -> None:

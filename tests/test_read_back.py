@@ -1,0 +1,356 @@
+"""Commands, answers and inputs are, from the first try on, what the log gives back of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from enum import Enum
+from typing import Any, Generic, TypeVar
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, computed_field
+
+from sagalog import Command, CommandBus, PayloadError, SagaCoordinator, SagaFailed, SagaLog, UnusableHandler
+from tests.coordinating import Killed, Stage
+
+T = TypeVar("T")
+
+
+class Ask(BaseModel):
+    word: str = "hello"
+
+
+class Undo(BaseModel):
+    word: str = "hello"
+
+
+class One(BaseModel):
+    number: int
+
+
+class Partly(BaseModel):
+    kept: int = 1
+    left_out: int = Field(default=0, exclude=True)
+
+
+class Required(BaseModel):
+    left_out: int = Field(exclude=True)
+
+
+class Renamed(BaseModel):
+    word: str = Field(serialization_alias="another")
+
+
+class Computed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    one: int = 1
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def two(self) -> int:
+        return 2
+
+
+class Pair(Enum):
+    ONE = (1, 2)
+
+
+class Secret(BaseModel):
+    password: SecretStr
+
+
+def answering(answer: Any, returns: Any) -> Any:
+    def ask(cmd: Ask) -> Any:
+        return answer
+
+    ask.__annotations__["return"] = returns
+    return ask
+
+
+def asking(stage: Stage, handler: Any, then: Any = None, undone: list[Any] | None = None) -> Any:
+    stage.bus.handler(handler)
+
+    @stage.bus.compensation(Ask)
+    def undoes(cmd: Ask, output: Any) -> Undo:
+        if undone is not None:
+            undone.append(output)
+        return Undo()
+
+    @stage.bus.handler
+    def undo(cmd: Undo) -> None:
+        """Nothing."""
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("asks")
+    def asks(ctx: Any) -> None:
+        answered = ctx.dispatch(Ask())
+        if then is not None:
+            then(answered)
+
+    return coordinator
+
+
+MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("answer", "returns", "held"),
+    [
+        ({"at": MOMENT}, dict, {"at": "2026-01-02T00:00:00Z"}),
+        ({1: "one"}, dict[Any, Any], {"1": "one"}),
+        (Partly(kept=5, left_out=7), Partly, Partly(kept=5)),
+        ((One(number=1), One(number=2)), Sequence[One], [One(number=1), One(number=2)]),
+        ([One(number=1), One(number=2)], Sequence[One], [One(number=1), One(number=2)]),
+        ([One(number=1)], list[One], [One(number=1)]),
+        ([], list[One] | None, []),
+        (7, int, 7),
+        (MOMENT, datetime, MOMENT),
+    ],
+    ids=str,
+)
+def test_an_answer_is_from_the_first_try_on_what_the_log_gives_back(
+    stage: Stage, answer: Any, returns: Any, held: Any
+) -> None:
+    answers: list[Any] = []
+    undone: list[Any] = []
+
+    def then(answered: Any) -> None:
+        answers.append(answered)
+        raise ValueError("undo it")
+
+    coordinator = asking(stage, answering(answer, returns), then, undone)
+    with pytest.raises(SagaFailed, match="undo it") as failure:
+        coordinator.run("asks")
+    assert failure.value.outcome == "compensated"
+    assert (answers, undone) == ([held], [held])
+
+
+@pytest.mark.parametrize(
+    ("answer", "returns"),
+    [
+        ([One(number=1), One(number=2)], One),
+        (Required(left_out=1), Required),
+        (Renamed(word="hello"), Renamed),
+        (Computed(), Computed),
+        (Pair.ONE, Pair),
+    ],
+    ids=["two where one is said", "excluded", "renamed", "computed", "enum of tuples"],
+)
+def test_an_answer_that_the_log_cannot_give_back_is_in_doubt_and_nothing_goes_on(
+    stage: Stage, answer: Any, returns: Any
+) -> None:
+    went_on: list[Any] = []
+    coordinator = asking(stage, answering(answer, returns), went_on.append)
+    with pytest.raises(SagaFailed, match="in doubt: PayloadError") as failure:
+        coordinator.run("asks")
+    assert failure.value.outcome == "failed_compensation"
+    assert went_on == []
+
+
+@pytest.mark.parametrize("cmd", [Required(left_out=1), Renamed(word="hello"), Computed()], ids=repr)
+def test_a_command_that_the_log_cannot_give_back_is_refused_before_anything_is_written(stage: Stage, cmd: Any) -> None:
+    called: list[Any] = []
+
+    def do(given: Any) -> None:
+        called.append(given)
+
+    do.__annotations__["given"] = type(cmd)
+    stage.bus.handler(pivot=True)(do)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("sends")
+    def sends(ctx: Any) -> None:
+        ctx.dispatch(cmd)
+
+    with pytest.raises(SagaFailed, match="cannot be read back from what the log would hold of it"):
+        coordinator.run("sends")
+    assert called == []
+    assert stage.states() == []
+
+
+def test_a_command_is_sent_at_first_as_recovery_would_send_it(stage: Stage) -> None:
+    sent: list[Any] = []
+
+    @stage.bus.handler(idempotent=True, pivot=True)
+    def do(cmd: Partly) -> None:
+        sent.append(cmd)
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("sends")
+    def sends(ctx: Any) -> None:
+        ctx.dispatch(Partly(kept=2, left_out=9))
+
+    coordinator.run("sends")
+    assert sent == [Partly(kept=2)]
+
+
+def test_an_undo_that_the_log_cannot_give_back_is_left_to_a_person(stage: Stage) -> None:
+    @stage.bus.handler
+    def ask(cmd: Ask) -> None:
+        """Nothing."""
+
+    @stage.bus.compensation(Ask)
+    def undoes(cmd: Ask, output: Any) -> Required:
+        return Required(left_out=1)
+
+    @stage.bus.handler
+    def undo(cmd: Required) -> None:
+        raise AssertionError("it was sent")
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("asks")
+    def asks(ctx: Any) -> None:
+        ctx.dispatch(Ask())
+        raise ValueError("undo it")
+
+    with pytest.raises(SagaFailed, match="cannot be read back") as failure:
+        coordinator.run("asks")
+    assert failure.value.outcome == "failed_compensation"
+
+
+@pytest.mark.parametrize("derived", [Undo, None], ids=["a class", "None"])
+def test_a_compensation_that_gives_no_command_leaves_the_saga_to_a_person(stage: Stage, derived: Any) -> None:
+    @stage.bus.handler
+    def ask(cmd: Ask) -> None:
+        """Nothing."""
+
+    @stage.bus.compensation(Ask)
+    def undoes(cmd: Ask, output: Any) -> Any:
+        return derived
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("asks")
+    def asks(ctx: Any) -> None:
+        ctx.dispatch(Ask())
+        raise ValueError("undo it")
+
+    with pytest.raises(SagaFailed, match="its compensation returned") as failure:
+        coordinator.run("asks")
+    assert failure.value.outcome == "failed_compensation"
+
+
+class Order(BaseModel):
+    amount: int
+    note: str = Field(default="", exclude=True)
+
+
+def test_an_input_is_at_first_what_a_resume_reads(stage: Stage) -> None:
+    coordinator = stage.coordinator(on_crash="resume")
+    seen: list[Any] = []
+    deaths = [Killed()]
+
+    @coordinator.saga("takes")
+    def takes(ctx: Any, order: Order) -> None:
+        seen.append(order)
+        if deaths:
+            raise deaths.pop()
+
+    with pytest.raises(Killed):
+        coordinator.run("takes", Order(amount=7, note="gone"))
+    assert coordinator.recover().completed == [1]
+    assert seen == [Order(amount=7), Order(amount=7)]
+
+
+def test_an_input_that_does_not_fit_is_refused_before_anything_is_written(stage: Stage) -> None:
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("takes")
+    def takes(ctx: Any, order: Order) -> None:
+        """Nothing."""
+
+    with pytest.raises(PayloadError, match="run of takes"):
+        coordinator.run("takes", {"amount": "many"})
+    assert stage.log.max_saga_id() == 0
+
+
+# Refused at registration
+
+
+class Alien:
+    """Nothing that Pydantic knows."""
+
+
+@pytest.mark.parametrize(
+    ("returns", "words"),
+    [
+        (Alien, "cannot be read back"),
+        (list[Alien], "cannot be read back"),
+        (Secret, "only a mask"),
+        (One | list[One], "one event from a list"),
+    ],
+    ids=str,
+)
+def test_a_handler_whose_answer_the_log_could_not_give_back_is_refused(returns: Any, words: str) -> None:
+    with pytest.raises(UnusableHandler, match=words):
+        CommandBus().handler(pivot=True)(answering(None, returns))
+
+
+def test_a_command_that_holds_a_secret_is_refused() -> None:
+    def send(cmd: Secret) -> None:
+        """Nothing."""
+
+    with pytest.raises(UnusableHandler, match="only a mask"):
+        CommandBus().handler(pivot=True)(send)
+
+
+class Mid(Command[T], Generic[T]):
+    """A base of the application's own."""
+
+
+class MidList(Command[list[T]], Generic[T]):
+    """Another."""
+
+
+class OfMid(Mid[One]):
+    """A command."""
+
+
+class OfList(MidList[One]):
+    """A command."""
+
+
+def test_a_generic_base_between_says_what_its_handler_returns() -> None:
+    def one(cmd: OfMid) -> One:
+        return One(number=1)
+
+    def several(cmd: OfList) -> list[One]:
+        return []
+
+    def wrong(cmd: OfMid) -> str:
+        return ""
+
+    CommandBus().handler(pivot=True)(one)
+    CommandBus().handler(pivot=True)(several)
+    with pytest.raises(UnusableHandler, match="OfMid says One"):
+        CommandBus().handler(pivot=True)(wrong)
+
+
+def test_functions_that_nothing_would_run_are_refused() -> None:
+    def yields(cmd: Ask) -> Any:
+        yield 1
+
+    async def ayields(cmd: Ask) -> Any:
+        yield 1
+
+    def by_keyword(cmd: Ask, *, output: Any = None) -> Any:
+        """Nothing."""
+
+    for function in (yields, ayields):
+        with pytest.raises(UnusableHandler, match="it yields"):
+            CommandBus().handler(pivot=True)(function)
+        with SagaLog.open_in_memory() as log, pytest.raises(UnusableHandler, match="it yields"):
+            SagaCoordinator(log, CommandBus()).saga("yields")(function)
+    with pytest.raises(UnusableHandler, match="keyword-only"):
+        CommandBus().compensation(Ask)(by_keyword)
+    with SagaLog.open_in_memory() as log, pytest.raises(UnusableHandler, match="keyword-only"):
+        SagaCoordinator(log, CommandBus()).saga("by keyword")(by_keyword)
+
+
+@pytest.mark.parametrize("named", ["Ask", None, answering, Ask()], ids=["a name", "None", "a function", "a command"])
+def test_a_compensation_of_no_class_is_refused(named: Any) -> None:
+    with pytest.raises(UnusableHandler, match="no command's class"):
+        CommandBus().compensation(named)
