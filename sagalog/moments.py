@@ -20,6 +20,11 @@ def is_seconds(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= _LONGEST
 
 
+def is_wait(value: object) -> bool:
+    """Whether a value is a number of seconds to wait, 0 or more, perhaps without end."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0
+
+
 def now_ms() -> int:
     """This process's clock, in Unix milliseconds."""
     return time.time_ns() // 1_000_000

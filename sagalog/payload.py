@@ -241,6 +241,12 @@ def check_integer(value: int, what: str, lowest: int, highest: int, asked: str) 
     )
 
 
+def check_limit(value: int | None, asked: str) -> None:
+    """How many of something are wanted: an int from 0, or None for all."""
+    if value is not None:
+        check_integer(value, "limit", 0, MAX_SAGA_ID, asked)
+
+
 def check_step(saga_id: int, step_index: int, asked: str) -> None:
     """Both parts of a step's key."""
     if (

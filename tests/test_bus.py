@@ -15,7 +15,17 @@ import pytest
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from sagalog import Command, CommandBus, Retry, SagaContext, SagaCoordinator, SagaLog, StepInfo, UnusableHandler
+from sagalog import (
+    Command,
+    CommandBus,
+    PayloadError,
+    Retry,
+    SagaContext,
+    SagaCoordinator,
+    SagaLog,
+    StepInfo,
+    UnusableHandler,
+)
 
 
 class Charged(BaseModel):
@@ -183,7 +193,20 @@ def test_a_coordinators_on_unknown_is_held_against_its_compensations_at_dispatch
         assert log.get(1).steps == ()
 
 
-@pytest.mark.parametrize("wrong", [{"attempts": 0}, {"jitter": 2}, {"initial": -1}, {"within": timedelta(0)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"attempts": 0},
+        {"attempts": "3"},
+        {"attempts": 2.5},
+        {"jitter": 2},
+        {"initial": -1},
+        {"initial": float("nan")},
+        {"within": timedelta(0)},
+        {"within": 3},
+    ],
+    ids=str,
+)
 def test_a_retry_that_makes_no_sense_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"Retry|waits"):
         Retry(**wrong)
@@ -227,6 +250,63 @@ def test_a_time_that_has_no_end_or_is_none_is_refused(seconds: Any) -> None:
             bus.handler(timeout=seconds)(refund)
         with pytest.raises(UnusableHandler, match="lease="):
             SagaCoordinator(log, bus, lease=seconds)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"max_recoveries": "3"}, UnusableHandler),
+        ({"max_recoveries": -1}, UnusableHandler),
+        ({"max_recoveries": True}, UnusableHandler),
+        ({"bus": None}, UnusableHandler),
+        ({"environment": 5}, PayloadError),
+        ({"environment": ""}, PayloadError),
+        ({"label": "a\x00b"}, PayloadError),
+        ({"label": "a\ud800b"}, PayloadError),
+    ],
+    ids=str,
+)
+def test_a_setting_that_is_none_is_refused_in_words(wrong: dict[str, Any], error: type[Exception]) -> None:
+    with SagaLog.open_in_memory() as log, pytest.raises(error):
+        SagaCoordinator(log, **{"bus": CommandBus(), **wrong})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda coordinator: coordinator.run([]),
+        lambda coordinator: coordinator.run({}, 1),
+        lambda coordinator: coordinator.submit([]),
+        lambda coordinator: coordinator.recover(limit="1"),
+        lambda coordinator: coordinator.recover(limit=-1),
+        lambda coordinator: coordinator.wait(1, timeout="1"),
+        lambda coordinator: coordinator.wait(1, timeout=float("nan")),
+        lambda coordinator: coordinator.wait("1"),
+        lambda coordinator: coordinator.worker().shutdown(grace="1"),
+    ],
+)
+def test_an_argument_of_no_sense_is_refused_in_words(call: Any) -> None:
+    with (
+        SagaLog.open_in_memory() as log,
+        SagaCoordinator(log, CommandBus()) as coordinator,
+        pytest.raises((UnusableHandler, PayloadError), match=r"\."),
+    ):
+        call(coordinator)
+
+
+class Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, ctx: SagaContext) -> None: ...
+
+
+def test_a_saga_that_could_not_be_looked_up_is_refused() -> None:
+    with (
+        SagaLog.open_in_memory() as log,
+        SagaCoordinator(log, CommandBus()) as coordinator,
+        pytest.raises(UnusableHandler, match="not hashable"),
+    ):
+        coordinator.saga("odd")(Unhashable())
 
 
 def test_what_no_log_could_give_back_is_refused() -> None:

@@ -52,6 +52,11 @@ APP = """
 
         return coordinator
 
+    def undoing() -> SagaCoordinator:
+        coordinator = SagaCoordinator(SagaLog.open("shop.db"), bus, on_unknown="compensate")
+        coordinator.saga("pay")(lambda ctx, amount: None)
+        return coordinator
+
     async def amake() -> AsyncSagaCoordinator:
         coordinator = AsyncSagaCoordinator(await AsyncSagaLog.open("shop.db"), bus)
 
@@ -69,6 +74,9 @@ APP = """
 
     def wants(argument):
         return argument
+
+    def ends():
+        raise SystemExit(0)
 
     def unreachable() -> SagaCoordinator:
         return SagaCoordinator(SagaLog.open("postgresql://me:secret@127.0.0.1:1/shop"), bus)
@@ -135,6 +143,18 @@ def test_retry_refuses_a_doubt_and_sends_it_again_when_told(
     assert "ann" in sagalog("--url", "shop.db", "show", "1").out
 
 
+def test_retry_of_a_saga_that_waits_tells_that_it_has_not_ended(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANK", "shut")
+    with shop.make() as coordinator:
+        with pytest.raises(Exception, match="in doubt"):
+            coordinator.run("pay", 1)
+        coordinator.log.close()
+    app = ("--app", f"{shop.__name__}:undoing")
+    done = sagalog(*app, "retry", "1", "--note", "try", "--again", "--yes")
+    assert (done.status, done.out.strip().partition(":")[0]) == (1, "saga 1 is compensating"), done.out
+    assert "Saga 1 has not ended: it waits." in done.err
+
+
 def test_quarantine_leaves_open_sagas_to_a_person(shop: Any) -> None:
     saga_id = interrupted(shop)
     done = sagalog("--url", "shop.db", "quarantine", "--note", "a copy", "--actor", "ann", "--yes")
@@ -168,6 +188,7 @@ def test_graph_draws_how_sagas_went(shop: Any) -> None:
         (".shop:x", "is not of the form module:name"),
         ("{shop}:nonsense", "it must be a coordinator"),
         ("{shop}:raises", "cannot be loaded: KeyError: 'DATABASE_URL' ({folder}/{shop}.py, line "),
+        ("{shop}:ends", "cannot be loaded: SystemExit: 0"),
         ("{shop}:wants", "missing 1 required positional argument"),
         ("broken:x", "cannot be loaded: SyntaxError: "),
     ],

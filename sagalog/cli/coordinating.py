@@ -20,6 +20,7 @@ from sagalog.cli.settings import settings_of
 from sagalog.cli.text import harmless
 from sagalog.cli.usage import CommandError, bad_usage
 from sagalog.errors import SagaLogError
+from sagalog.states import UNRESOLVED
 
 if TYPE_CHECKING:
     from sagalog import AsyncSagaCoordinator, RecoveryReport, SagaCoordinator, SagaRecord
@@ -95,9 +96,11 @@ def retry(
     if form is not Form.TABLE:
         facts = {"saga_id": saga_id, "state": saga.state, "failure_reason": saga.failure_reason, "actor": actor}
         print_json(form, facts)
-        return
-    why = f": {harmless(saga.failure_reason)}" if saga.failure_reason and saga.state != "completed" else ""
-    print_lines([plain(f"saga {saga_id} is {saga.state}{why}")])
+    else:
+        why = f": {harmless(saga.failure_reason)}" if saga.failure_reason and saga.state != "completed" else ""
+        print_lines([plain(f"saga {saga_id} is {saga.state}{why}")])
+    if saga.state in UNRESOLVED:
+        raise CommandError(f"Saga {saga_id} has not ended: it waits. recover, or a worker, goes on with it.")
 
 
 def quarantine(
@@ -276,7 +279,7 @@ def _told_in_a_sentence(app: str | None) -> Iterator[None]:
         yield
     except SagaLogError:  # a sentence already
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         *_, raised = traceback.extract_tb(error.__traceback__)
         told = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
         raise bad_usage(f"--app {app} cannot be loaded: {told} ({raised.filename}, line {raised.lineno}).") from error

@@ -9,6 +9,8 @@ from typing import Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from sagalog.moments import is_wait
+
 E = TypeVar("E")
 
 
@@ -77,12 +79,13 @@ class Retry:
     within: timedelta = timedelta(hours=23)
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"Retry(attempts={self.attempts}): a command is tried at least once")
-        if self.initial < 0 or self.maximum < 0 or self.factor < 1 or not 0 <= self.jitter <= 1:
-            raise ValueError(f"{self}: waits are not negative, factor is at least 1, jitter is 0 to 1")
-        if self.within <= timedelta(0):
-            raise ValueError(f"Retry(within={self.within!r}): a step could never be tried again")
+        if type(self.attempts) is not int or self.attempts < 1:
+            raise ValueError(f"Retry(attempts={self.attempts!r}): an int, for a command is tried at least once")
+        waits = (self.initial, self.maximum, self.factor, self.jitter)
+        if not all(is_wait(one) for one in waits) or self.factor < 1 or self.jitter > 1:
+            raise ValueError(f"{self}: waits are seconds from 0, factor is at least 1, jitter is 0 to 1")
+        if not isinstance(self.within, timedelta) or self.within <= timedelta(0):
+            raise ValueError(f"Retry(within={self.within!r}): a timedelta, or a step could never be tried again")
 
     def wait_before(self, attempt: int) -> float:
         """Seconds to wait before a try.

@@ -28,7 +28,7 @@ from sagalog.log.database import Operation
 from sagalog.log.faults import LOCK_HELD
 from sagalog.log.fencing import Fence
 from sagalog.log.sagas import Drawn, new_token
-from sagalog.moments import now_ms, to_ms
+from sagalog.moments import is_wait, now_ms, to_ms
 from sagalog.payload import check_text, encode
 from sagalog.states import SagaState
 
@@ -229,6 +229,10 @@ class Core:
 
     async def wait(self, saga_id: int, seconds: float | None) -> Any:
         """The result of a saga, whoever runs it."""
+        if seconds is not None and not is_wait(seconds):
+            raise UnusableHandler(
+                f"wait for saga {saga_id}", f"timeout={seconds!r}", hint="It is seconds, 0 or more, or None for no end."
+            )
         until = None if seconds is None else time.monotonic() + seconds
         pause = _FIRST_LOOK
         name = (await Write(reading.get(saga_id))).name

@@ -22,6 +22,7 @@ from sagalog.log.apart import apart_of, inner_bind
 from sagalog.log.caller import CallerBind
 from sagalog.log.facade import AsyncSagaLog, SagaLog
 from sagalog.moments import is_seconds
+from sagalog.payload import check_text
 
 _log = logging.getLogger("sagalog")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -48,7 +49,10 @@ class Shell:
         environment: str | None,
         label: str | None,
     ) -> None:
-        self._check(log, lease, on_crash, on_unknown, max_recoveries)
+        self._check(log, bus, lease, on_crash, on_unknown, max_recoveries)
+        for what, text in (("environment", environment), ("label", label)):
+            if text is not None:
+                check_text(text, what, type(self).__name__)
         self.log = log
         self.bus = bus
         bind = log._bind
@@ -63,7 +67,7 @@ class Shell:
         )
         self.interpose: Interpose | None = None
 
-    def _check(self, log: Any, lease: float, on_crash: str, on_unknown: str, max_recoveries: int) -> None:
+    def _check(self, log: Any, bus: Any, lease: float, on_crash: str, on_unknown: str, max_recoveries: int) -> None:
         asked = type(self).__name__
         wanted = AsyncSagaLog if self._asynchronous else SagaLog
         if not isinstance(log, wanted):
@@ -80,8 +84,10 @@ class Shell:
         ):
             if value not in allowed:
                 raise UnusableHandler(asked, f"{name}={value!r}", hint=f"Use one of {', '.join(allowed)}.")
-        if not is_seconds(lease) or max_recoveries < 0:
-            problem = f"lease={lease!r}, max_recoveries={max_recoveries}"
+        if not isinstance(bus, CommandBus):
+            raise UnusableHandler(asked, f"the bus is a {type(bus).__name__}", hint="Give it a CommandBus.")
+        if not is_seconds(lease) or type(max_recoveries) is not int or max_recoveries < 0:
+            problem = f"lease={lease!r}, max_recoveries={max_recoveries!r}"
             raise UnusableHandler(asked, problem, hint="A lease is seconds above 0, max_recoveries a number from 0.")
 
     @property

@@ -28,6 +28,7 @@ from sagalog.log.database import Operation
 from sagalog.log.faults import LOCK_HELD
 from sagalog.log.fencing import Fence
 from sagalog.moments import now_ms
+from sagalog.payload import check_limit
 
 _log = logging.getLogger("sagalog")
 _PAGE = 1000
@@ -60,6 +61,7 @@ class TakingCore(Core):
 
     async def recover(self, limit: int | None, *, adopt: bool) -> RecoveryReport:
         """Take over what was left, one saga after the other."""
+        check_limit(limit, "recover")
         report = RecoveryReport()
         await self.check_environment()
         await self.registered()
@@ -101,7 +103,9 @@ class TakingCore(Core):
         seen = Candidate(saga_id, epoch, record.name)
         fence = Fence(saga_id, epoch + 1)
         if await self.claimed(claiming.claim(seen, self.executor.executor_id, adopt=False), fence):
-            await self.owning(fence, finish_claimed, recovery, fence)
+            end = await self.owning(fence, finish_claimed, recovery, fence)
+            if end is not None and end.waits is not None:
+                _log.warning("saga %s (%s) waits: %s; recover() goes on with it", saga_id, record.name, end.waits)
         return await Write(reading.get(saga_id))
 
     async def claimable(

@@ -17,7 +17,7 @@ from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed, SagaLogError, 
 from sagalog.log import owning
 from sagalog.log.bind import is_closed
 from sagalog.log.fencing import Fence
-from sagalog.moments import is_seconds
+from sagalog.moments import is_seconds, is_wait
 
 if TYPE_CHECKING:
     from sagalog.coordinator.awaiting import AsyncSagaCoordinator
@@ -33,7 +33,7 @@ _CANCELLED_WITHIN = 5.0
 
 
 def _check_grace(grace: float) -> None:
-    if not isinstance(grace, int | float) or not grace >= 0:
+    if not is_wait(grace):
         raise UnusableHandler("shutdown", f"grace={grace!r}", hint="It is seconds, 0 or more.")
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar, cast
 from sagalog.errors import PayloadError, SagaNotFound
 from sagalog.log.database import Call, Database, Kind, Operation, Rows
 from sagalog.moments import from_ms, to_ms
-from sagalog.payload import MAX_SAGA_ID, check_integer, check_saga_id, check_text
+from sagalog.payload import check_limit, check_saga_id, check_text
 from sagalog.records import (
     AuditRecord,
     SagaRecord,
@@ -104,7 +104,7 @@ def unresolved_sagas(*, limit: int | None = None) -> Operation[list[UnresolvedSa
     Returns:
         By saga_id, each with its steps by step_index; one consistent snapshot.
     """
-    _check_limit(limit, "unresolved_sagas")
+    check_limit(limit, "unresolved_sagas")
 
     def run(db: Database) -> list[UnresolvedSaga]:
         statement = db.sql.unresolved_sagas(limit is not None)
@@ -123,7 +123,7 @@ def snapshot_recent(limit: int) -> Operation[list[SagaSnapshot]]:
     Returns:
         Newest first by terminal_at, or started_at while there is none, then by saga_id.
     """
-    _check_limit(limit, "snapshot_recent")
+    check_limit(limit, "snapshot_recent")
 
     def run(db: Database) -> list[SagaSnapshot]:
         return _snapshots(db, db.fetch(db.sql.snapshot_recent, limit_=limit))
@@ -158,7 +158,7 @@ def find(
         PayloadError: A filter that fits no saga: an unknown state, a naive datetime.
     """
     asked = "find"
-    _check_limit(limit, asked)
+    check_limit(limit, asked)
     values: dict[str, Any] = {}
     if state is not None:
         if state not in tuple(SagaState):
@@ -259,11 +259,6 @@ def stored(saga_id: int, asked: str = "recover") -> Operation[Stored]:
         raise SagaNotFound(asked, saga_id)
 
     return Call(asked, Kind.READ_OWN, run, saga_id)
-
-
-def _check_limit(limit: int | None, asked: str) -> None:
-    if limit is not None:
-        check_integer(limit, "limit", 0, MAX_SAGA_ID, asked)
 
 
 def _stored_moment(moment: datetime, word: str, asked: str) -> int:

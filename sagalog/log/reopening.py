@@ -50,9 +50,13 @@ def reopen(saga_id: int, target: SagaState, *, note: str, actor: str, again: boo
                 "Or send it again under its key: --again.",
             )
         if db.write(db.sql.owned.reopen(target), {"id_": saga_id, "epoch_": epoch}) != 1:
+            problem = f"the saga is {found!r}, and only one in 'failed_compensation' is tried again"
+            if found == SagaState.FAILED_COMPENSATION:  # as read, before the write waited for somebody else's
+                found = str(head_of(db, asked, saga_id)[1])
+                problem = f"somebody else moved the saga meanwhile; it is {found!r}"
             raise InvalidTransition(
                 asked,
-                f"the saga is {found!r}, and only one in 'failed_compensation' is tried again",
+                problem,
                 saga_id=saga_id,
                 found=found,
                 hint="recover() owns what is failed; what has ended stays.",
