@@ -18,6 +18,7 @@ from sagalog import (
     WrongEnvironment,
 )
 from tests.coordinating import (
+    NO_STOCK,
     ON_POSTGRES,
     Charge,
     Killed,
@@ -361,3 +362,24 @@ def test_a_failed_saga_with_a_step_in_doubt_is_settled_and_undone(stage: Stage, 
     report = recoverer(stage).recover()
     assert (report.compensated, report.errors) == ([saga_id], {})
     assert shop.calls[-1] == "release"
+
+
+def test_a_saga_that_a_person_gives_back_is_recovered_though_its_process_lives(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("refund", NO_STOCK)
+    living = stage.coordinator()
+    placing(living, refuses)
+    with pytest.raises(SagaFailed) as failure:
+        living.run("place_order", Order())
+    assert failure.value.outcome == "failed_compensation"
+    saga_id = failure.value.saga_id
+    stage.log.mark_compensating(saga_id)
+    stage.log.mark_compensating(saga_id)
+    record = stage.log.get(saga_id)
+    assert (record.state, record.executor_id, record.epoch) == ("compensating", None, 2)
+    assert recoverer(stage).recover().compensated == [saga_id]
+    assert shop.calls[-2:] == ["refund", "release"]
+
+
+def refuses(ctx: Any) -> None:
+    raise ValueError("after all")

@@ -5,7 +5,19 @@ from __future__ import annotations
 from functools import cached_property, lru_cache
 from typing import Any
 
-from sqlalchemy import BigInteger, ColumnElement, FromClause, case, cast, func, literal_column, null, select, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    FromClause,
+    and_,
+    case,
+    cast,
+    func,
+    literal_column,
+    null,
+    select,
+    update,
+)
 
 from sagalog.log.statements.clause import BIGINT, TEXT, Greater, Statement, bind, insert_into, literal, one_of
 from sagalog.log.statements.tables import Tables
@@ -102,7 +114,17 @@ class SagaStatements(Tables):
 
     @cached_property
     def mark_compensating(self) -> Statement:
-        return Statement(self._move_saga(SagaState.COMPENSATING, terminal_at=null()))
+        # A coordinator's saga that a person gives back is nobody's: its process, if it lives, does not work on it.
+        c = self.saga.c
+        given_back = and_(c.state == literal(SagaState.FAILED_COMPENSATION), c.epoch > literal_column("0"))
+        return Statement(
+            self._move_saga(
+                SagaState.COMPENSATING,
+                terminal_at=null(),
+                executor_id=case((given_back, null()), else_=c.executor_id),
+                epoch=case((given_back, c.epoch + literal_column("1")), else_=c.epoch),
+            )
+        )
 
     @cached_property
     def mark_failed_compensation(self) -> Statement:
