@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
@@ -126,3 +129,30 @@ def test_an_async_log_that_is_closed_while_a_task_writes_leaves_no_connection_op
         assert await asyncio.to_thread(locking.is_alone)
 
     asyncio.run(main())
+
+
+def taken(log: AsyncSagaLog) -> None:
+    """Wait until the thread that writes has taken what waits."""
+    bind: Any = log._bind
+    while bind._called or bind._waiting or bind._worker is None:
+        """It takes it at once."""
+
+
+def test_a_write_that_comes_while_a_file_is_closed_is_done_or_refused(sqlite_path: Path) -> None:
+    async def main() -> list[object]:
+        log = await AsyncSagaLog.open(sqlite_path)
+        await log.create_saga("s", None)
+        with closing(sqlite3.connect(sqlite_path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            under_way = asyncio.create_task(log.create_saga("s", None))
+            await asyncio.to_thread(taken, log)
+            closes = asyncio.create_task(log.close())
+            await asyncio.sleep(0)
+            late = asyncio.create_task(log.create_saga("s", None))
+            await asyncio.sleep(0)
+            other.execute("ROLLBACK")
+        return await asyncio.wait_for(asyncio.gather(under_way, closes, late, return_exceptions=True), timeout=30)
+
+    under_way, closed, late = asyncio.run(main())
+    assert (under_way, closed) == (2, None)
+    assert late == 3 or isinstance(late, UnusableBind)

@@ -297,6 +297,7 @@ def test_a_start_that_is_cancelled_is_recovered_by_another_process(sqlite_path: 
 
 def test_a_worker_that_is_shut_down_while_a_handler_hangs_gives_up_its_lease(log: SagaLog) -> None:
     hangs, woken = threading.Event(), threading.Event()
+    others = threading.enumerate()
 
     def hanging(step: StepInfo) -> Done:
         hangs.set()
@@ -310,7 +311,7 @@ def test_a_worker_that_is_shut_down_while_a_handler_hangs_gives_up_its_lease(log
     worker.start()
     assert hangs.wait(30)
     worker.shutdown(grace=0.0)
-    threads = threading.enumerate()
+    threads = [thread for thread in threading.enumerate() if thread not in others]
     woken.set()
     for thread in threads:
         if thread.name == "sagalog-saga":

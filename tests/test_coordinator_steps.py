@@ -24,6 +24,7 @@ from sagalog import (
 )
 from sagalog.coordinator.effects import Write
 from sagalog.errors import UnusableHandler
+from tests.coordinating import Stage
 from tests.troubled import Charge, Done, Killed, Release, Reserve, Shop, reserving
 
 
@@ -258,3 +259,65 @@ def test_an_async_compensation_is_refused() -> None:
         @bus.compensation(Reserve)
         async def undo_reserve(cmd: Reserve, output: Done) -> Release:
             return Release()
+
+
+# What a handler may not do
+
+
+@pytest.mark.parametrize("how", ["dispatch", "compensate", "record", "now", "dispatch_all"])
+def test_a_handler_cannot_go_on_with_its_saga(stage: Stage, how: str) -> None:
+    contexts: list[Any] = []
+    asked: list[str] = []
+
+    def do(cmd: Charge, step: StepInfo) -> Done:
+        asked.append(step.idempotency_key)
+        ctx = contexts[0]
+        calls: dict[str, Callable[[], Any]] = {
+            "dispatch": lambda: ctx.dispatch(Reserve()),
+            "compensate": lambda: ctx.compensate(Release()),
+            "record": lambda: ctx.record("kept", lambda: 1),
+            "now": ctx.now,
+            "dispatch_all": lambda: ctx.dispatch_all([Reserve()]),
+        }
+        calls[how]()
+        return Done()
+
+    def reserve(cmd: Reserve) -> Done:
+        raise AssertionError("it was dispatched")
+
+    stage.bus.handler(pivot=True, rejects=UnusableHandler)(do)
+    stage.bus.handler(read_only=True)(reserve)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("charges")
+    def charges(ctx: Any) -> None:
+        contexts.append(ctx)
+        ctx.dispatch(Charge())
+
+    with pytest.raises(SagaFailed, match="a handler of the saga calls it"):
+        coordinator.run("charges")
+    assert len(asked) == 1
+    assert stage.states() == [("Charge", "failed")]
+
+
+def test_a_handler_may_run_another_saga(log: SagaLog) -> None:
+    bus = CommandBus()
+    with SagaCoordinator(log, bus) as coordinator:
+
+        @bus.handler(read_only=True)
+        def look(cmd: Charge) -> int:
+            return 7
+
+        @bus.handler(pivot=True)
+        def run(cmd: Reserve) -> int:
+            return int(coordinator.run("inner"))
+
+        @coordinator.saga("inner")
+        def inner(ctx: Any) -> int:
+            return int(ctx.dispatch(Charge()))
+
+        @coordinator.saga("outer")
+        def outer(ctx: Any) -> int:
+            return int(ctx.dispatch(Reserve()))
+
+        assert coordinator.run(outer) == 7

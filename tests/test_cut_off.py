@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +20,13 @@ from sagalog import (
     AsyncSagaCoordinator,
     AsyncSagaLog,
     CommandBus,
+    Retry,
     SagaContext,
     SagaCoordinator,
     SagaFailed,
     SagaLog,
     StepFailed,
+    StepInfo,
 )
 from sagalog.coordinator.effects import Effect, Write
 from tests.coordinating import (
@@ -263,3 +267,48 @@ def test_a_saga_whose_step_ended_when_its_time_was_up_is_not_taken_from_its_proc
 
         assert coordinator.run(takes_a_note) == "noted"
     assert [report.resolved for report in reports] == [0]
+
+
+# Steps side by side
+
+
+def test_a_signals_exception_goes_on_once_the_steps_side_by_side_have_ended(
+    migrated_url: str,
+) -> None:
+    bus, begun, heard, returned = CommandBus(), threading.Event(), threading.Event(), threading.Event()
+    ended: list[str] = []
+    asked: list[int] = []
+
+    def stop(*_: object) -> None:
+        heard.set()
+        raise SoftLimit
+
+    @bus.handler(read_only=True)
+    def slow(cmd: Ask) -> None:
+        assert begun.wait(30)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        assert heard.wait(30)
+        ended.append("late" if returned.wait(0.3) else "in time")
+
+    @bus.handler(pivot=True, retry=Retry(attempts=1000, initial=0.001, maximum=0.001), settle=0.0)
+    def repeated(cmd: TakeBack, step: StepInfo) -> None:
+        asked.append(step.attempt)
+        begun.set()
+        assert heard.wait(30)
+        raise OSError("no answer")
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with SagaLog.open(migrated_url) as log, SagaCoordinator(log, bus) as coordinator:
+
+            @coordinator.saga("together")
+            def together(ctx: SagaContext) -> None:
+                ctx.dispatch_all([Ask(), TakeBack()])
+
+            with pytest.raises(SagaFailed, match="TakeBack"):
+                coordinator.run(together)
+            returned.set()
+            assert ended == ["in time"]
+            assert asked == [1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -139,13 +139,13 @@ def test_steps_side_by_side_are_all_done_when_a_thread_cannot_be_started(
     def wait(cmd: Wait, step: StepInfo) -> None:
         done.append(step.step_index)
 
-    coordinator = SagaCoordinator(log, waiting_bus(wait))
+    with SagaCoordinator(log, waiting_bus(wait)) as coordinator:
 
-    @coordinator.saga("together")
-    def together(ctx: Any) -> int:
-        return len(ctx.dispatch_all([Wait(), Wait(), Wait()]))
+        @coordinator.saga("together")
+        def together(ctx: Any) -> int:
+            return len(ctx.dispatch_all([Wait(), Wait(), Wait()]))
 
-    assert coordinator.run(together) == 3
+        assert coordinator.run(together) == 3
     assert sorted(done) == [0, 1, 2]
 
 
@@ -257,6 +257,7 @@ def test_a_forked_child_of_an_async_coordinator_calls_its_sync_handlers(sqlite_p
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    asyncio.run(coordinator.close())
     asyncio.run(log.close())
 
 

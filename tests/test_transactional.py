@@ -21,9 +21,11 @@ from sagalog import (
     AsyncSagaLog,
     Command,
     CommandBus,
+    Retry,
     SagaCoordinator,
     SagaFailed,
     SagaLog,
+    StepInfo,
     UnusableHandler,
     migrations,
 )
@@ -521,3 +523,54 @@ def test_tasks_on_an_async_engine_of_one_connection_wait_for_each_other() -> Non
         await engine.dispose()
 
     asyncio.run(main())
+
+
+# Undos
+
+
+@pytest.mark.parametrize("raises", [1, 2, 9])
+def test_a_transactional_undo_that_raises_is_tried_again(stage: Stage, raises: int) -> None:
+    stage.sql("CREATE TABLE note (body TEXT NOT NULL)")
+    insert = text("INSERT INTO note VALUES ('undone')")
+    keys: list[str] = []
+
+    @stage.bus.handler
+    def do_reserve(cmd: Reserve) -> None:
+        """Nothing."""
+
+    @stage.bus.compensation(Reserve)
+    def undo_reserve(cmd: Reserve, output: None) -> Release:
+        return Release()
+
+    def trouble(step: StepInfo) -> None:
+        keys.append(step.idempotency_key)
+        if len(keys) <= raises:
+            raise OSError("not now")
+
+    retry = Retry(attempts=3, initial=0.001)
+    if stage.asynchronous:
+
+        @stage.bus.handler(transactional=True, retry=retry, settle=0.0)
+        async def ado_release(cmd: Release, session: AsyncSession, step: StepInfo) -> None:
+            await session.execute(insert)
+            trouble(step)
+    else:
+
+        @stage.bus.handler(transactional=True, retry=retry, settle=0.0)
+        def do_release(cmd: Release, session: Session, step: StepInfo) -> None:
+            session.execute(insert)
+            trouble(step)
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("reserving")
+    def saga(ctx: Any) -> None:
+        ctx.dispatch(Reserve())
+        raise ValueError("undo it")
+
+    with pytest.raises(SagaFailed) as failure:
+        coordinator.run("reserving")
+    assert (failure.value.outcome, len(notes(stage))) == (
+        ("compensated", 1) if raises < 3 else ("failed_compensation", 0)
+    )
+    assert (len(keys), len(set(keys))) == (min(raises + 1, 3), 1)

@@ -158,9 +158,7 @@ class AsyncSagaCoordinator(Shell):
         try:
             return await asyncio.gather(*(self._settled(flow) for flow in effect.flows))
         finally:
-            for flow in effect.flows:
-                if inspect.getcoroutinestate(flow) == inspect.CORO_CREATED:
-                    flow.close()  # it was cancelled before it began
+            effect.close_unbegun()
 
     async def _settled(self, flow: Any) -> Settled[Any]:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import copy_context
 from datetime import datetime
 from types import TracebackType
@@ -28,6 +29,7 @@ from sagalog.coordinator.shell import Shell, lease_stays
 from sagalog.coordinator.worker import Worker
 from sagalog.errors import SagaLogError
 from sagalog.log.facade import SagaLog
+from sagalog.log.fencing import Fence
 from sagalog.records import SagaRecord
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 Input = TypeVar("Input")
 R = TypeVar("R")
+_MOMENT = 0.01
 
 
 class SagaCoordinator(Shell):
@@ -258,16 +261,33 @@ class SagaCoordinator(Shell):
             except BaseException as error:
                 ends[place] = Settled(None, error)
 
-        threads = []
-        for place, flow in enumerate(effect.flows):
-            work = (run, place, flow)
-            thread = threading.Thread(target=copy_context().run, args=work, name=f"sagalog-dispatch-{place}")
-            try:
-                thread.start()
-            except RuntimeError:  # the process may have no more threads now
-                run(place, flow)
-            else:
+        threads: list[threading.Thread] = []
+        try:
+            for place, flow in enumerate(effect.flows):
+                work = (run, place, flow)
+                thread = threading.Thread(target=copy_context().run, args=work, name=f"sagalog-dispatch-{place}")
                 threads.append(thread)
-        for thread in threads:
-            thread.join()
+                try:
+                    thread.start()
+                except RuntimeError:  # the process may have no more threads now
+                    run(place, flow)
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        except BaseException:
+            effect.interrupted()
+            self._wait_for(threads, effect.fence)
+            effect.close_unbegun()
+            raise
         return ends
+
+    def _wait_for(self, threads: list[threading.Thread], fence: Fence) -> None:
+        """Before a signal's exception goes on: what these threads do is not undone meanwhile.
+
+        Not longer than their handlers may take: the saga is given up then. Further signals are not told.
+        """
+        active, over = self._core.executor.active, False
+        while not over:
+            with suppress(BaseException):
+                over = active.get(fence.saga_id) is not fence or not any(thread.is_alive() for thread in threads)
+                time.sleep(0 if over else _MOMENT)

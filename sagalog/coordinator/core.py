@@ -38,7 +38,8 @@ _FIRST_LOOK, _LONGEST_LOOK = 0.01, 0.5
 _ENDED = (SagaState.COMPENSATED, SagaState.FAILED_COMPENSATION, SagaState.ABANDONED)
 
 
-def _always() -> bool:
+def always() -> bool:
+    """What is wanted until its end."""
     return True
 
 
@@ -145,7 +146,7 @@ class Core:
         finally:
             coming.discard(ticket)
 
-    async def claimed(self, claim: Operation[bool], fence: Fence, wanted: Callable[[], bool] = _always) -> bool:
+    async def claimed(self, claim: Operation[bool], fence: Fence, wanted: Callable[[], bool] = always) -> bool:
         """Whether a claim of this process won.
 
         Args:

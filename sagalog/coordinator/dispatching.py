@@ -91,11 +91,16 @@ async def dispatch_all(run: Run, commands: Iterable[Any]) -> list[Any]:
         _ended(run, handler, step, held, begun=begun is not None)
         for handler, (step, held, begun) in zip(handlers, placed, strict=True)
     ]
-    try:
-        ends = await Together(flows)
-    except BaseException:
+
+    def interrupted() -> None:
+        run.interrupted = True
         for step, _, _ in placed:  # one that was not begun could not say so itself
             cut_off(run, step)
+
+    try:
+        ends = await Together(flows, run.fence, interrupted)
+    except BaseException:
+        interrupted()
         raise
     errors = [end.error for end in ends if end.error is not None]
     if errors:

@@ -8,6 +8,7 @@ flow. So each rule of the coordinator stands once.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
@@ -133,12 +134,26 @@ class Settled(Generic[R]):
 
 
 class Together(Effect[Sequence[Settled[R]]]):
-    """Run flows side by side, to the end of each."""
+    """Run flows side by side, to the end of each.
 
-    __slots__ = ("flows",)
+    Args:
+        flows: The flows.
+        fence: The saga's owner.
+        interrupted: Is called when whoever waits for them is interrupted, while they go on.
+    """
 
-    def __init__(self, flows: Sequence[Flow[R]]) -> None:
+    __slots__ = ("fence", "flows", "interrupted")
+
+    def __init__(self, flows: Sequence[Flow[R]], fence: Fence, interrupted: Callable[[], None]) -> None:
         self.flows = flows
+        self.fence = fence
+        self.interrupted = interrupted
+
+    def close_unbegun(self) -> None:
+        """Close what was never begun."""
+        for flow in self.flows:
+            if inspect.getcoroutinestate(flow) == inspect.CORO_CREATED:
+                flow.close()
 
 
 Flow = Coroutine[Effect[Any], Any, R]

@@ -136,14 +136,18 @@ class Executor:
         self.stop()
         return claiming.retire(self.executor_id) if held else None
 
-    def stop(self) -> None:
-        """Stop the thread; the lease runs out by itself."""
+    def stop(self, seconds: float = 10.0) -> None:
+        """Stop the thread; the lease runs out by itself.
+
+        Args:
+            seconds: How long to wait for it.
+        """
         with self._wake:
             self._closing.set()  # for ever, of a thread that is held up now and comes to look later
             self._closing = threading.Event()
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=10)
+            self._thread.join(timeout=seconds)
         self._thread = None
         self._registered = False
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -32,6 +33,10 @@ from sagalog.states import SagaState, StepState
 R = TypeVar("R")
 S = TypeVar("S", SagaState, StepState)
 _WAITS_FOR_THE_LOG: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
+
+
+being_called: Final[ContextVar[tuple[Fence, ...]]] = ContextVar("sagalog_being_called", default=())
+"""The sagas of whose steps a handler is being called here."""
 
 
 class Stopped(SagaLogError):
@@ -135,6 +140,7 @@ class Run:
         again: Whether an operator wants what is in doubt to be sent again, once, under its key.
         reached_pivot: Whether it only goes forward.
         unsure: Whether the log may hold what this process does not know of: a write was cut off.
+        interrupted: Whether its process is about to stop working on it: nothing is tried again.
     """
 
     def __init__(
@@ -163,6 +169,7 @@ class Run:
         self.steps: dict[int, Step] = {step.index: step for step in steps}
         self.stopped: BaseException | None = None
         self.unsure = False
+        self.interrupted = False
         self.over = False
         self._pid = os.getpid()
         self._held: list[Operation[None]] = []
@@ -246,6 +253,12 @@ class Run:
 
     def refuse_stopped(self, *, undoing: bool = False) -> None:
         """Raise why the saga may not go on, if it may not; that its time is up never stops an undo."""
+        if self.fence in being_called.get():
+            raise UnusableHandler(
+                f"the context of saga {self.saga_id}",
+                "a handler of the saga calls it, whose own step has not ended",
+                hint="Return from the handler, and dispatch in the saga's function.",
+            )
         if self.stopped is not None:
             raise self.stopped
         if self.over:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sagalog.coordinator.core import Core, deadline_of
+from sagalog.coordinator.core import Core, always, deadline_of
 from sagalog.coordinator.definition import Definition
 from sagalog.coordinator.effects import Write
 from sagalog.coordinator.recover import (
@@ -135,7 +135,7 @@ class TakingCore(Core):
         return page[:most], len(found) >= limit or len(page) > most
 
     async def recover_one(
-        self, seen: Candidate, report: RecoveryReport, *, adopt: bool, wanted: Callable[[], bool] = lambda: True
+        self, seen: Candidate, report: RecoveryReport, *, adopt: bool, wanted: Callable[[], bool] = always
     ) -> int:
         """Take one saga over; whatever it raises is noted, and the others go on.
 

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.effects import EndedInside, Info, Invoke, OutOfTime, Sleep, Write
-from sagalog.coordinator.run import Run, Step
+from sagalog.coordinator.run import Run, Step, being_called
 from sagalog.errors import (
     InvalidTransition,
     LeaseLost,
@@ -83,7 +83,7 @@ async def tried(
         info = Info(run.saga_id, step.index, attempt, now + int(handler.timeout * 1000), key, compensates)
         ending = _Ending(run, handler, step, undo=compensates is not None) if transactional else None
         try:
-            value: Any = await Invoke(handler, cmd, info, run.fence, ending)
+            value: Any = await _invoked(Invoke(handler, cmd, info, run.fence, ending))
         except owned_steps.AlreadyEnded as found:
             text = found.output_json or "[]"
             return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
@@ -96,7 +96,8 @@ async def tried(
                 return Refused(reason_of(error), error)
             if isinstance(error, LeaseLost) and error.saga_id == run.saga_id:
                 raise run.stop(error) from None
-            if transactional and not isinstance(error, LogUnavailable):
+            did_nothing = handler.read_only or (transactional and not isinstance(error, LogUnavailable))
+            if did_nothing and transactional and compensates is None:
                 return Refused(reason_of(error), error)
             failed = error
         else:
@@ -111,8 +112,8 @@ async def tried(
                 await _note_doubt(run, handler, step, error, 0.0)
                 return Doubt(reason_of(error), error)
         step.tries = attempt
-        again = attempt < retry.attempts and may_try(step, retry) and run.stopped is None
-        if not again and handler.read_only:
+        again = attempt < retry.attempts and may_try(step, retry) and not run.interrupted
+        if not again and did_nothing:
             return Refused(reason_of(failed), failed)
         wait = retry.wait_before(attempt + 1) if again else 0.0
         try:
@@ -124,7 +125,19 @@ async def tried(
         if not again:
             return Doubt(reason_of(failed), failed)
         await Sleep(wait)
+        if run.interrupted:
+            return Doubt(reason_of(failed), failed)
         attempt += 1
+
+
+async def _invoked(effect: Invoke[Any]) -> Any:
+    """What a handler returns; meanwhile it is known that it is called, for it must not dispatch."""
+    before = being_called.get()
+    being_called.set((*before, effect.fence))
+    try:
+        return await effect
+    finally:
+        being_called.set(before)
 
 
 def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:

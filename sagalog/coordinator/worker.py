@@ -30,11 +30,18 @@ _LONGEST_WAIT = 3600.0
 _MOMENT = 0.01
 _CANCELLED_WITHIN = 5.0
 """Seconds in which a task ends that was cancelled; one that does not is given up."""
+_ANSWERS_WITHIN = 5.0
+"""Seconds after its grace that `shutdown` waits for a database that does not answer."""
 
 
 def _check_grace(grace: float) -> None:
     if not is_wait(grace):
         raise UnusableHandler("shutdown", f"grace={grace!r}", hint="It is seconds, 0 or more.")
+
+
+def _limit(grace: float, seconds: float) -> float | None:
+    """How long the end of a worker may take."""
+    return None if grace > _LONGEST_WAIT else grace + seconds
 
 
 class _Slots:
@@ -51,7 +58,36 @@ class _Slots:
         self.concurrency = concurrency
         self.poll = poll
         self.busy: dict[int, Job] = {}
+        self.stopping = threading.Event()
         self._trouble: tuple[str, object] | None = None
+
+    def begin(self) -> threading.Event:
+        """Begin to look for work.
+
+        Returns:
+            What tells that look to stop, however often it is begun anew.
+        """
+        self.stopping = threading.Event()
+        return self.stopping
+
+    def is_wanted(self) -> bool:
+        """Whether a claim that is under way is still wanted."""
+        return not self.stopping.is_set()
+
+    def fence_of(self, saga_id: int) -> Fence | None:
+        """Under what a saga that is still under way is given up."""
+        return self.core.executor.active.get(saga_id)
+
+    def given_up(self, fence: Fence, error: LogUnavailable | None) -> None:
+        """Note that a saga was given up, or could not be."""
+        if error is not None:
+            _log.warning("saga %s could not be given up: %s", fence.saga_id, error)
+        self.core.executor.active.pop(fence.saga_id, None)
+
+    def left_running(self) -> None:
+        """The database does not answer, so nothing could be given up: the lease runs out by itself."""
+        _log.warning("the worker ends, though the log does not answer; the lease runs out by itself")
+        self.core.executor.stop(seconds=0)
 
     async def more(self) -> list[Job]:
         """What to begin now."""
@@ -104,7 +140,6 @@ class Worker:
         self._slots = _Slots(coordinator._core, concurrency, poll)
         self._wake = threading.Condition()
         self._told = False
-        self._stopping = False
         self._pid = 0
         self._thread: threading.Thread | None = None
         self._listener: Listener | None = None
@@ -118,11 +153,12 @@ class Worker:
         if self._thread is not None and self._pid == os.getpid():
             return
         drive(self._slots.core.check_environment(), self._coordinator._perform)
-        self._pid, self._stopping = os.getpid(), False
+        self._pid = os.getpid()
         self._slots.busy.clear()
+        stopping = self._slots.begin()
         self._wake = threading.Condition()
         self._listener = Listener.on(self._coordinator.log, self.wake)
-        self._thread = threading.Thread(target=self._look, name="sagalog-worker", daemon=True)
+        self._thread = threading.Thread(target=self._look, args=(stopping,), name="sagalog-worker", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
@@ -139,14 +175,35 @@ class Worker:
                 nothing that its thread does afterwards is written.
         """
         _check_grace(grace)
-        if self._thread is None or self._pid != os.getpid():
+        thread, self._thread = self._thread, None
+        if thread is None or self._pid != os.getpid():
             return
-        until = time.monotonic() + grace
         with self._wake:
-            self._stopping = True
+            self._slots.stopping.set()
             self._wake.notify_all()
-        self._thread.join()
-        self._thread = None
+        raised: list[BaseException] = []
+
+        def end() -> None:
+            try:
+                self._end(thread, grace)
+            except BaseException as error:
+                raised.append(error)
+
+        ending = threading.Thread(target=end, name="sagalog-shutdown", daemon=True)
+        try:
+            ending.start()
+        except RuntimeError:  # the process may have no more threads now
+            self._end(thread, grace)
+            return
+        ending.join(_limit(grace, _ANSWERS_WITHIN))
+        if ending.is_alive():
+            self._slots.left_running()
+        if raised:
+            raise raised[0]
+
+    def _end(self, looking: threading.Thread, grace: float) -> None:
+        until = time.monotonic() + grace
+        looking.join()
         if self._listener is not None:
             self._listener.close()
         with self._wake:
@@ -156,19 +213,18 @@ class Worker:
         under_way = set(executor.coming)
         while under_way & executor.coming:
             time.sleep(_MOMENT)  # a claim that is under way is decided first: it would be won without a lease
-        left = list(self._slots.busy)
-        for saga_id in left:
-            fence = executor.active.get(saga_id)
+        for saga_id in list(self._slots.busy):
+            fence = self._slots.fence_of(saga_id)
             if fence is not None:
-                self._give_up(fence)
+                self._slots.given_up(fence, self._give_up(fence))
         self._coordinator.close()
 
-    def _give_up(self, fence: Fence) -> None:
+    def _give_up(self, fence: Fence) -> LogUnavailable | None:
         try:
             self._coordinator.log._bind.perform(owning.give_up(fence))
         except LogUnavailable as error:
-            _log.warning("saga %s could not be given up: %s", fence.saga_id, error)
-        self._slots.core.executor.active.pop(fence.saga_id, None)
+            return error
+        return None
 
     def __enter__(self) -> Worker:
         self.start()
@@ -179,8 +235,8 @@ class Worker:
     ) -> None:
         self.shutdown()
 
-    def _look(self) -> None:
-        while not self._stopping:
+    def _look(self, stopping: threading.Event) -> None:
+        while not stopping.is_set():
             found: list[Job] = []
             try:
                 found = drive(self._slots.more(), self._coordinator._perform)
@@ -190,7 +246,7 @@ class Worker:
             for job in found:
                 self._begin(job)
             with self._wake:
-                if not self._told and not self._stopping:
+                if not self._told and not stopping.is_set():
                     self._wake.wait(self._slots.poll)
                 self._told = False
 
@@ -201,12 +257,9 @@ class Worker:
             self._slots.told(job, error)
             self._slots.over(job)
 
-    def _is_wanted(self) -> bool:
-        return not self._stopping
-
     def _do(self, job: Job) -> None:
         try:
-            drive(self._slots.core.do(job, self._is_wanted), self._coordinator._perform)
+            drive(self._slots.core.do(job, self._slots.is_wanted), self._coordinator._perform)
         except BaseException as error:
             self._slots.told(job, error)
         finally:
@@ -226,17 +279,16 @@ class AsyncWorker:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._looking: asyncio.Task[None] | None = None
         self._listening: asyncio.Task[None] | None = None
-        self._stopping = False
 
     async def start(self) -> None:
         """See `Worker.start`."""
         if self._looking is not None:
             return
         await adrive(self._slots.core.check_environment(), self._coordinator._perform)
-        self._stopping = False
+        stopping = self._slots.begin()
         self._wake = asyncio.Event()
         self._listening = asyncio.create_task(alisten(self._coordinator.log, self.wake))
-        self._looking = asyncio.create_task(self._look())
+        self._looking = asyncio.create_task(self._look(stopping))
 
     def wake(self) -> None:
         """Look for work now."""
@@ -248,8 +300,20 @@ class AsyncWorker:
         looking, self._looking = self._looking, None
         if looking is None:
             return
-        self._stopping = True
+        self._slots.stopping.set()
         self.wake()
+        ending = asyncio.create_task(self._end(looking, grace))
+        try:
+            await asyncio.wait({ending}, timeout=_limit(grace, _CANCELLED_WITHIN + _ANSWERS_WITHIN))
+        except asyncio.CancelledError:
+            ending.cancel()
+            raise
+        if ending.done():
+            ending.result()
+        else:
+            self._slots.left_running()
+
+    async def _end(self, looking: asyncio.Task[None], grace: float) -> None:
         await looking
         if self._listening is not None:
             self._listening.cancel()
@@ -262,19 +326,17 @@ class AsyncWorker:
             if late:
                 await asyncio.wait(late, timeout=_CANCELLED_WITHIN)
             for saga_id in list(self._slots.busy):
-                await self._give_up(saga_id)
+                fence = self._slots.fence_of(saga_id)
+                if fence is not None:
+                    self._slots.given_up(fence, await self._give_up(fence))
         await self._coordinator.close()
 
-    async def _give_up(self, saga_id: int) -> None:
-        active = self._slots.core.executor.active
-        fence = active.get(saga_id)
-        if fence is None:
-            return
+    async def _give_up(self, fence: Fence) -> LogUnavailable | None:
         try:
             await self._coordinator.log._bind.perform(owning.give_up(fence))
         except LogUnavailable as error:
-            _log.warning("saga %s could not be given up: %s", saga_id, error)
-        active.pop(saga_id, None)
+            return error
+        return None
 
     async def __aenter__(self) -> AsyncWorker:
         await self.start()
@@ -285,9 +347,9 @@ class AsyncWorker:
     ) -> None:
         await self.shutdown()
 
-    async def _look(self) -> None:
+    async def _look(self, stopping: threading.Event) -> None:
         slots = self._slots
-        while not self._stopping:
+        while not stopping.is_set():
             self._wake.clear()
             found: list[Job] = []
             try:
@@ -305,12 +367,9 @@ class AsyncWorker:
             except TimeoutError:
                 pass
 
-    def _is_wanted(self) -> bool:
-        return not self._stopping
-
     async def _do(self, job: Job) -> None:
         try:
-            await adrive(self._slots.core.do(job, self._is_wanted), self._coordinator._perform)
+            await adrive(self._slots.core.do(job, self._slots.is_wanted), self._coordinator._perform)
         except Exception as error:
             self._slots.told(job, error)
         finally:

@@ -193,11 +193,15 @@ class ThreadBind:
             )
 
     def _work(self) -> None:
-        while self._calls.get():
+        last = False
+        while not last:
+            last = not self._calls.get()
             with self._lock:
                 batch = list(self._waiting)
                 self._waiting.clear()
                 self._called = False
+                if last:
+                    self._worker = None  # who comes now does not wait for this one
             if not batch:
                 continue
             try:
@@ -235,7 +239,6 @@ class ThreadBind:
         if worker is not None:
             self._calls.put("")
             await asyncio.to_thread(worker.join)
-            self._worker = None
         await asyncio.to_thread(self._file.close)
         self._unit_thread.shutdown(wait=False)
 
