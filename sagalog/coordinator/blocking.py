@@ -255,11 +255,16 @@ class SagaCoordinator(Shell):
     def _together(self, effect: Together[Any]) -> list[Settled[Any]]:
         ends: list[Settled[Any]] = [Settled(None, None)] * len(effect.flows)
 
+        running: set[int] = set()
+
         def run(place: int, flow: Any) -> None:
+            running.add(place)
             try:
                 ends[place] = Settled(drive(flow, self._perform), None)
             except BaseException as error:
                 ends[place] = Settled(None, error)
+            finally:
+                running.discard(place)
 
         threads: list[threading.Thread] = []
         try:
@@ -276,18 +281,19 @@ class SagaCoordinator(Shell):
                     thread.join()
         except BaseException:
             effect.interrupted()
-            self._wait_for(threads, effect.fence)
             effect.close_unbegun()
+            self._wait_for(running, effect.fence)
             raise
         return ends
 
-    def _wait_for(self, threads: list[threading.Thread], fence: Fence) -> None:
-        """Before a signal's exception goes on: what these threads do is not undone meanwhile.
+    def _wait_for(self, running: set[int], fence: Fence) -> None:
+        """Before a signal's exception goes on: what is running is not undone meanwhile.
 
-        Not longer than their handlers may take: the saga is given up then. Further signals are not told.
+        Not longer than the handlers may take: the saga is given up then. Further signals are not told. The threads are
+        not asked: after an interrupted `join`, CPython takes a living one for dead.
         """
         active, over = self._core.executor.active, False
         while not over:
             with suppress(BaseException):
-                over = active.get(fence.saga_id) is not fence or not any(thread.is_alive() for thread in threads)
+                over = active.get(fence.saga_id) is not fence or not running
                 time.sleep(0 if over else _MOMENT)
