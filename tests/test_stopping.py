@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sqlite3
 import subprocess
@@ -32,7 +33,7 @@ from sagalog import (
     migrations,
 )
 from sagalog.coordinator.effects import Write
-from tests.troubled import Killed, Reserve, Shop, beginning_elsewhere, reserving
+from tests.troubled import Done, Killed, Reserve, Shop, beginning_elsewhere, reserving
 
 
 @pytest.fixture
@@ -73,8 +74,13 @@ def until_one_ends(coordinator: SagaCoordinator) -> int:
 
 def test_a_claim_that_is_under_way_while_a_worker_shuts_down_is_not_won_without_a_lease(sqlite_path: Path) -> None:
     with SagaLog.open(sqlite_path) as log, closing(sqlite3.connect(sqlite_path, isolation_level=None)) as other:
-        shop = Shop()
-        coordinator = SagaCoordinator(log, shop.bus)
+        leases: list[Any] = []
+
+        def look(step: StepInfo) -> Done:
+            leases.append(log.executors())
+            return Done()
+
+        coordinator = SagaCoordinator(log, Shop(reserve=look).bus)
         submitted = coordinator.submit(reserving(coordinator), 1)
         claims, locked = threading.Event(), threading.Event()
 
@@ -89,22 +95,99 @@ def test_a_claim_that_is_under_way_while_a_worker_shuts_down_is_not_won_without_
         worker.start()
         assert claims.wait(30)
         other.execute("BEGIN IMMEDIATE")
-        locked.set()
         ending = threading.Thread(target=worker.shutdown, args=(0.0,))
         ending.start()
         ending.join(timeout=0.5)
+        locked.set()
         other.execute("ROLLBACK")
         ending.join()
-        record = log.get(submitted)
+        for thread in threading.enumerate():
+            if thread.name == "sagalog-saga":
+                thread.join()
+        assert all(leases), "its handler was called without a lease"
         assert log.executors() == []
         with SagaCoordinator(log, Shop().bus) as another:
             reserving(another)
-            if record.state == "submitted":
+            if log.get(submitted).state == "submitted":
                 with another.worker():
                     assert another.wait(submitted, timeout=30) == 1
-            elif record.state != "completed":
+            elif log.get(submitted).state != "completed":
                 assert until_one_ends(another) == 1
-        assert shop.verbs.count("reserve") <= 1
+
+
+def test_a_lease_is_not_given_up_while_a_saga_is_being_begun_under_it(sqlite_path: Path) -> None:
+    with SagaLog.open(sqlite_path) as log:
+        taken: list[int] = []
+
+        def look(step: StepInfo) -> Done:
+            with SagaCoordinator(log, Shop().bus) as another:
+                reserving(another)
+                taken.append(another.recover().resolved)
+            return Done()
+
+        coordinator = SagaCoordinator(log, Shop(reserve=look).bus)
+        saga = reserving(coordinator)
+
+        def closing_then(effect: Any, answer: Callable[[Any], Any]) -> Any:
+            if isinstance(effect, Write) and effect.operation.asked == "run":
+                coordinator.close()
+            return answer(effect)
+
+        coordinator.interpose = closing_then
+        assert coordinator.run(saga, 1) == 1
+        assert taken == [0]
+        coordinator.close()
+        assert log.executors() == []
+
+
+@pytest.mark.parametrize("driver", ["sync", "async"])
+def test_a_shutdown_ends_though_the_database_does_not_answer(
+    sqlite_path: Path, driver: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sagalog.coordinator.worker._ANSWERS_WITHIN", 0.1)
+    monkeypatch.setattr("sagalog.coordinator.worker._CANCELLED_WITHIN", 0.0)
+    monkeypatch.setattr(logging.getLogger("sagalog"), "disabled", False)
+    asked, answers = threading.Event(), threading.Event()
+
+    def silent(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if isinstance(effect, Write) and effect.operation.asked == "submitted":
+            asked.set()
+            answers.wait()
+        return answer(effect)
+
+    async def asilent(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if isinstance(effect, Write) and effect.operation.asked == "submitted":
+            asked.set()
+            await asyncio.to_thread(answers.wait)
+        return await answer(effect)
+
+    async def main() -> None:
+        async with await AsyncSagaLog.open(sqlite_path) as log:
+            coordinator = AsyncSagaCoordinator(log, CommandBus())
+            coordinator.interpose = asilent
+            worker = coordinator.worker()
+            await worker.start()
+            await asyncio.to_thread(asked.wait)
+            await asyncio.wait_for(worker.shutdown(grace=0.0), timeout=30)
+            answers.set()
+
+    if driver == "async":
+        asyncio.run(main())
+    else:
+        with SagaLog.open(sqlite_path) as log:
+            coordinator = SagaCoordinator(log, CommandBus())
+            coordinator.interpose = silent
+            worker = coordinator.worker()
+            worker.start()
+            assert asked.wait(30)
+            ending = threading.Thread(target=worker.shutdown, args=(0.0,))
+            ending.start()
+            ending.join(timeout=30)
+            ended = not ending.is_alive()
+            answers.set()
+            ending.join()
+            assert ended
+    assert "the lease runs out by itself" in caplog.text
 
 
 def test_a_worker_goes_on_when_a_thread_cannot_be_started(log: SagaLog, monkeypatch: pytest.MonkeyPatch) -> None:
