@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import threading
 import time
@@ -312,3 +313,43 @@ def test_a_signals_exception_goes_on_once_the_steps_side_by_side_have_ended(
             assert asked == [1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_nothing_is_dispatched_after_steps_side_by_side_that_were_cut_off(sqlite_path: Path) -> None:
+    called = []
+
+    async def main() -> None:
+        begun = asyncio.Event()
+
+        async def wait(cmd: Ask, step: StepInfo) -> None:
+            called.append(step.step_index)
+
+        bus = CommandBus()
+        bus.handler(pivot=True)(wait)
+        log = await AsyncSagaLog.open(sqlite_path)
+        coordinator = AsyncSagaCoordinator(log, bus)
+
+        @coordinator.saga("cut off")
+        async def cut(ctx: Any) -> None:
+            together = asyncio.ensure_future(ctx.dispatch_all([Ask(), Ask()]))
+            await begun.wait()
+            together.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await together
+            with contextlib.suppress(Exception):
+                await ctx.dispatch(Ask())
+
+        async def noting(effect: Any, answer: Callable[[Any], Any]) -> Any:
+            given = await answer(effect)
+            if isinstance(effect, Write) and effect.operation.asked == "dispatch_all":
+                begun.set()
+            return given
+
+        coordinator.interpose = noting
+        with pytest.raises(SagaFailed, match="step 1"):
+            await coordinator.run("cut off")
+        await coordinator.close()
+        await log.close()
+
+    asyncio.run(main())
+    assert 2 not in called

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from sagalog import StepRejected
+from sagalog import CommandBus, SagaCoordinator, SagaLog, StepRejected
 from tests.coordinating import (
     Charge,
     Killed,
@@ -188,3 +188,58 @@ def test_an_input_whose_keys_come_in_another_order_is_the_same(stage: Stage) -> 
     assert coordinator.run("order", {"a": 1, "b": 2}, key="k") == 3
     assert coordinator.run("order", {"b": 2, "a": 1}, key="k") == 3
     assert stage.log.max_saga_id() == 1
+
+
+class Other(BaseModel):
+    """Another way."""
+
+
+class Old(BaseModel):
+    ok: bool = True
+
+
+class New(BaseModel):
+    ok: bool = True
+    since: int
+
+
+@pytest.mark.parametrize("changed", ["command", "answer"])
+def test_what_a_resume_cannot_read_is_a_difference_and_no_reason_to_take_another_way(
+    migrated_url: str, changed: str
+) -> None:
+    called = []
+    log = SagaLog.open(migrated_url)
+
+    def process(command: Any, answer: Any, *, dies: bool) -> SagaCoordinator:
+        bus = CommandBus()
+
+        def first(cmd: Any) -> Any:
+            called.append("first")
+            return answer(since=1)
+
+        first.__annotations__ = {"cmd": command, "return": answer}
+        bus.handler(name="first", pivot=True)(first)
+
+        @bus.handler(pivot=True)
+        def other(cmd: Other) -> None:
+            called.append("other")
+
+        coordinator = SagaCoordinator(log, bus, on_crash="resume")
+
+        @coordinator.saga("reads", resumes=(1,))
+        def reads(ctx: Any) -> None:
+            try:
+                ctx.dispatch(command(since=1))
+            except Exception:
+                ctx.dispatch(Other())
+            if dies:
+                raise Killed
+
+        return coordinator
+
+    with process(Old, Old, dies=True) as old, pytest.raises(Killed):
+        old.run("reads")
+    with process(New if changed == "command" else Old, New if changed == "answer" else Old, dies=False) as new:
+        report = new.recover()
+    assert (list(report.failed_compensation), called) == ([1], ["first"])
+    log.close()

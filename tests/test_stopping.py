@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import sqlite3
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 from sqlalchemy import create_engine, text
 
 from sagalog import (
@@ -26,7 +24,6 @@ from sagalog import (
     Command,
     CommandBus,
     SagaCoordinator,
-    SagaFailed,
     SagaLog,
     StepInfo,
     UnusableHandler,
@@ -447,93 +444,3 @@ def test_a_worker_is_told_of_sagas_in_a_schema_of_any_name(postgres_url: str, sc
         assert coordinator.run(saga, 1) == 1
         assert coordinator.wait(coordinator.submit(saga, 2), timeout=60) == 2
     engine.dispose()
-
-
-# What is cut off, or cannot be read
-
-
-class Old(BaseModel):
-    ok: bool = True
-
-
-class New(BaseModel):
-    ok: bool = True
-    since: int
-
-
-@pytest.mark.parametrize("changed", ["command", "answer"])
-def test_what_a_resume_cannot_read_is_a_difference_and_no_reason_to_take_another_way(
-    log: SagaLog, changed: str
-) -> None:
-    called = []
-
-    def process(command: Any, answer: Any, *, dies: bool) -> SagaCoordinator:
-        bus = CommandBus()
-
-        def first(cmd: Any) -> Any:
-            called.append("first")
-            return answer(since=1)
-
-        first.__annotations__ = {"cmd": command, "return": answer}
-        bus.handler(name="first", pivot=True)(first)
-
-        @bus.handler(pivot=True)
-        def other(cmd: Wait) -> None:
-            called.append("other")
-
-        coordinator = SagaCoordinator(log, bus, on_crash="resume")
-
-        @coordinator.saga("reads", resumes=(1,))
-        def reads(ctx: Any) -> None:
-            try:
-                ctx.dispatch(command(since=1))
-            except Exception:
-                ctx.dispatch(Wait())
-            if dies:
-                raise Killed
-
-        return coordinator
-
-    with process(Old, Old, dies=True) as old, pytest.raises(Killed):
-        old.run("reads")
-    with process(New if changed == "command" else Old, New if changed == "answer" else Old, dies=False) as new:
-        report = new.recover()
-    assert (list(report.failed_compensation), called) == ([1], ["first"])
-
-
-def test_nothing_is_dispatched_after_steps_side_by_side_that_were_cut_off(sqlite_path: Path) -> None:
-    called = []
-
-    async def main() -> None:
-        begun = asyncio.Event()
-
-        async def wait(cmd: Wait, step: StepInfo) -> None:
-            called.append(step.step_index)
-
-        log = await AsyncSagaLog.open(sqlite_path)
-        coordinator = AsyncSagaCoordinator(log, waiting_bus(wait))
-
-        @coordinator.saga("cut off")
-        async def cut(ctx: Any) -> None:
-            together = asyncio.ensure_future(ctx.dispatch_all([Wait(), Wait()]))
-            await begun.wait()
-            together.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await together
-            with contextlib.suppress(Exception):
-                await ctx.dispatch(Wait())
-
-        async def noting(effect: Any, answer: Callable[[Any], Any]) -> Any:
-            given = await answer(effect)
-            if isinstance(effect, Write) and effect.operation.asked == "dispatch_all":
-                begun.set()
-            return given
-
-        coordinator.interpose = noting
-        with pytest.raises(SagaFailed, match="step 1"):
-            await coordinator.run("cut off")
-        await coordinator.close()
-        await log.close()
-
-    asyncio.run(main())
-    assert 2 not in called

@@ -161,7 +161,7 @@ class SagaCoordinator(Shell):
         """Take over the sagas whose process is gone, and bring each to an end.
 
         Args:
-            limit: At most so many; None for all.
+            limit: At most so many are brought to an end; None for all. What is left as it is does not count.
             adopt: Take also sagas that never belonged to a coordinator.
 
         Returns:
