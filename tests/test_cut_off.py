@@ -101,6 +101,20 @@ def test_an_undo_by_hand_whose_row_was_cut_off_is_done_once_under_its_key(stage:
     assert stage.states() == [("Reserve", "compensated"), ("Release", "compensated")]
 
 
+def test_a_saga_that_is_cut_off_when_it_is_completed_already_has_its_result(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("order")
+    def order(ctx: Any) -> int:
+        ctx.dispatch(Reserve(sku="book"))
+        return 7
+
+    cuts_off(coordinator, "complete")
+    assert coordinator.run("order") == 7
+    assert (stage.log.get(1).state, shop.calls) == ("completed", ["reserve"])
+
+
 def test_a_step_whose_row_was_cut_off_is_in_doubt_and_what_came_before_is_not_undone_first(stage: Stage) -> None:
     shop = Shop(stage.bus)
     coordinator = stage.coordinator()

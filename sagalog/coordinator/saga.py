@@ -51,6 +51,7 @@ async def execute(run: Run, definition: Definition, input: Any) -> Any:
         LogUnavailable: The log stayed out of reach; recovery decides.
         Waits: Recovery has to leave it for now.
     """
+    result: Any = None
     try:
         result = await CallSaga(definition, run, input)
         run.refuse_stopped()
@@ -68,6 +69,8 @@ async def execute(run: Run, definition: Definition, input: Any) -> Any:
     if isinstance(cause, LeaseLost | LogUnavailable) and cause is run.stopped:
         raise cause
     end = await unwind(run, why(cause))
+    if end.state is SagaState.COMPLETED:
+        return result  # only the answer of its last write was lost
     if end.waits is not None:
         if not run.patient:
             raise Waits(end)

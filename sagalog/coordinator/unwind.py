@@ -82,6 +82,8 @@ async def unwind(run: Run, reason: str) -> End:
     try:
         if run.unsure or any(step.state is StepState.PENDING for step in run.steps.values()):
             await _reload(run)
+            if run.state is SagaState.COMPLETED:
+                return End(run.state, "")
         require_handlers(run)
         begun = run.state is SagaState.COMPENSATING
         if run.state is SagaState.FAILED:
@@ -137,8 +139,10 @@ async def to_person(run: Run, reason: str) -> End:
 
 
 async def _reload(run: Run) -> None:
-    """A write whose answer was lost may have ended a step that is pending here."""
+    """A write whose answer was lost may have ended a step that is pending here, or the whole saga."""
     record = await Write(reading.stored(run.saga_id))
+    if record.state == SagaState.COMPLETED:
+        run.state = SagaState.COMPLETED
     for stored in record.steps:
         step = Step.of(stored)
         before = run.steps.get(step.index)
