@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
-from enum import Enum
+from enum import Enum, IntEnum, StrEnum
 from typing import Any, Generic, TypeVar
 
 import pytest
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, computed_field
+from pydantic import BaseModel, ConfigDict, Field, Json, PrivateAttr, SecretStr, computed_field, field_validator
 
 from sagalog import Command, CommandBus, PayloadError, SagaCoordinator, SagaFailed, SagaLog, UnusableHandler
 from tests.coordinating import Killed, Stage
@@ -169,21 +170,123 @@ def test_a_command_that_the_log_cannot_give_back_is_refused_before_anything_is_w
     assert stage.states() == []
 
 
-def test_a_command_is_sent_at_first_as_recovery_would_send_it(stage: Stage) -> None:
+class Word(StrEnum):
+    ONE = "one"
+
+
+class Number(IntEnum):
+    ONE = 1
+
+
+class Doubling(BaseModel):
+    number: int
+
+    @field_validator("number")
+    @classmethod
+    def double(cls, number: int) -> int:
+        return number * 2
+
+
+class Holds(BaseModel):
+    value: Any
+
+
+class HoldsOne(BaseModel):
+    one: One
+    more: dict[str, Any] = {}
+
+
+class HoldsJson(BaseModel):
+    value: Json[Any]
+
+
+class Hides(BaseModel):
+    number: int
+    _secret: int = PrivateAttr(default=0)
+
+
+class Exact(BaseModel):
+    number: float
+    words: list[str] | None = None
+    more: dict[str, Any] = {}
+
+
+hides = Hides(number=1)
+hides._secret = 5
+
+COMMANDS = [
+    Partly(kept=2, left_out=9),
+    *(Holds(value=value) for value in (Word.ONE, Number.ONE, (1, 2), {1: 2}, MOMENT, [Word.ONE], {"a": [None, 1.0]})),
+    HoldsOne(one=One(number=1), more={"a": True}),
+    HoldsOne(one=One.model_construct(number="1")),
+    Doubling(number=1),
+    hides,
+    Exact(number=1, words=["a"]),
+    Exact.model_construct(number=1),
+    Exact(number=1.5, more={"b": {"c": [1, "2", None, True]}}),
+    {"a": 1, "b": [1.5]},
+    {"a": MOMENT},
+]
+
+
+@pytest.mark.parametrize("cmd", COMMANDS, ids=repr)
+def test_a_command_is_sent_at_first_as_recovery_would_send_it(cmd: Any) -> None:
     sent: list[Any] = []
 
-    @stage.bus.handler(idempotent=True, pivot=True)
-    def do(cmd: Partly) -> None:
-        sent.append(cmd)
+    def do(given: Any) -> None:
+        sent.append(given)
 
-    coordinator = stage.coordinator()
+    do.__annotations__["given"] = type(cmd)
+    bus = CommandBus()
+    bus.handler(pivot=True)(do)
+    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
 
-    @coordinator.saga("sends")
-    def sends(ctx: Any) -> None:
-        ctx.dispatch(Partly(kept=2, left_out=9))
+        @coordinator.saga("sends")
+        def sends(ctx: Any) -> None:
+            ctx.dispatch(cmd)
 
-    coordinator.run("sends")
-    assert sent == [Partly(kept=2)]
+        coordinator.run(sends)
+        held = log.get(1).steps[0].decode_cmd(type(cmd))
+    assert [repr(one) for one in sent] == [repr(held)]
+
+
+@pytest.mark.parametrize("answer", COMMANDS, ids=repr)
+def test_an_answer_is_at_first_what_a_resume_answers(answer: Any) -> None:
+    bus = CommandBus()
+    bus.handler(pivot=True)(answering(answer, type(answer)))
+    answers: list[Any] = []
+    with SagaLog.open_in_memory() as log:
+        for life in (1, 2):
+            with SagaCoordinator(log, bus) as coordinator:
+
+                def asks(ctx: Any, life: int = life) -> None:
+                    answers.append(ctx.dispatch(Ask()))
+                    if life == 1:
+                        raise Killed
+
+                coordinator.saga("asks")(lambda ctx: asks(ctx))
+                with suppress(Killed):
+                    coordinator.run("asks") if life == 1 else coordinator.recover()
+    assert len(answers) == 2
+    assert repr(answers[0]) == repr(answers[1])
+
+
+def test_a_command_that_could_not_be_read_back_as_it_is_annotated_is_refused() -> None:
+    """Its field wants JSON in a text, and the log holds what that text said."""
+
+    def do(cmd: HoldsJson) -> None:
+        """Nothing."""
+
+    bus = CommandBus()
+    bus.handler(pivot=True)(do)
+    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
+
+        @coordinator.saga("sends")
+        def sends(ctx: Any) -> None:
+            ctx.dispatch(HoldsJson(value='{"a": 1}'))
+
+        with pytest.raises(SagaFailed, match="cannot be read back"):
+            coordinator.run(sends)
 
 
 def test_an_undo_that_the_log_cannot_give_back_is_left_to_a_person(stage: Stage) -> None:

@@ -17,6 +17,7 @@ from sagalog.coordinator.signature import (
 from sagalog.errors import PayloadError, UnusableHandler
 from sagalog.moments import is_seconds
 from sagalog.payload import check_text, decode, decode_as, unreadable
+from sagalog.plain import plain_check
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Definition:
         timeout: Seconds after which a saga is undone, or None.
         takes_input: Whether the function takes an input besides the context.
         input_type: The input's annotation, or `NOT_SAID`.
+        takes_plainly: Tells of an input whether the log will surely give it back as it is.
         returns: The annotation of its result, or `NOT_SAID`.
     """
 
@@ -41,6 +43,7 @@ class Definition:
     timeout: float | None
     takes_input: bool
     input_type: Any
+    takes_plainly: Callable[[Any], bool]
     returns: Any
 
     def input_of(self, given: tuple[Any, ...]) -> Any:
@@ -71,7 +74,7 @@ class Definition:
         """
         if not self.takes_input and given is not None:
             self.input_of((given,))
-        if self.takes_input and self.input_type not in (NOT_SAID, Any):
+        if self.takes_input and self.input_type not in (NOT_SAID, Any) and not self.takes_plainly(given):
             try:
                 return decode_as(self.input_type, text, "input", None)
             except PayloadError:
@@ -150,6 +153,7 @@ def define(
         timeout=timeout,
         takes_input=takes_input,
         input_type=input_type,
+        takes_plainly=plain_check(input_type),
         returns=returns,
     )
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from sagalog.coordinator.commands import Command, StepInfo
 from sagalog.errors import PayloadError, UnusableHandler, where
 from sagalog.payload import decode_as
+from sagalog.plain import plain_check
 
 Wanted: TypeAlias = Literal["cmd", "info", "session"]
 NOT_SAID: Any = inspect.Parameter.empty
@@ -29,7 +30,8 @@ class Signature:
         returns: The annotation of what it returns, or else what its command says by `Command[...]`, or `NOT_SAID`.
         is_async: Whether calling it gives an awaitable.
         returns_list: Whether it returns a list of events, as annotated.
-        is_simple: Whether its answers are of one class that JSON gives back as it is.
+        answers_plainly: Tells of an answer whether the log will surely give it back as it is.
+        asks_plainly: The same of a command.
     """
 
     wants: tuple[Wanted, ...]
@@ -37,7 +39,8 @@ class Signature:
     returns: Any
     is_async: bool
     returns_list: bool
-    is_simple: bool
+    answers_plainly: Callable[[Any], bool]
+    asks_plainly: Callable[[Any], bool]
 
     def events_of(self, returned: Any) -> list[Any]:
         """What a handler returned, as the list that the log holds."""
@@ -46,10 +49,6 @@ class Signature:
         if isinstance(returned, list) or (self.returns_list and isinstance(returned, tuple)):
             return list(returned)
         return [returned]
-
-    def is_read_back_as(self, value: Any) -> bool:
-        """Whether the log will surely give an answer back as it is."""
-        return self.is_simple and (value is None or type(value) is self.returns)
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -172,8 +171,15 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
         returns,
         is_async(function),
         returns_list=is_list(without_none(returns)),
-        is_simple=returns in (None, _NONE, str, int, float, bool),
+        answers_plainly=_answer_check(returns),
+        asks_plainly=plain_check(cmd_type),
     )
+
+
+def _answer_check(returns: Any) -> Callable[[Any], bool]:
+    """One event is read back as it is; of a list, or where nothing is annotated, that depends on how many there are."""
+    one = without_none(returns)
+    return plain_check(None if returns is NOT_SAID or is_list(one) else one)
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)

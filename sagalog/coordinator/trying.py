@@ -71,6 +71,7 @@ async def tried(
     attempt, stretched = 1, 1
     key = run.key_of(step.index) if compensates is None else f"{compensates.idempotency_key}:undo"
     transactional = handler.transactional
+    called_before = being_called.get()
     while True:
         now = now_ms()
         while step.deadline_at is not None and now >= step.deadline_at:
@@ -83,7 +84,11 @@ async def tried(
         info = Info(run.saga_id, step.index, attempt, now + int(handler.timeout * 1000), key, compensates)
         ending = _Ending(run, handler, step, undo=compensates is not None) if transactional else None
         try:
-            value: Any = await _invoked(Invoke(handler, cmd, info, run.fence, ending))
+            being_called.set((*called_before, run.fence))
+            try:
+                value: Any = await Invoke(handler, cmd, info, run.fence, ending)
+            finally:
+                being_called.set(called_before)
         except owned_steps.AlreadyEnded as found:
             text = found.output_json or "[]"
             return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
@@ -130,16 +135,6 @@ async def tried(
         attempt += 1
 
 
-async def _invoked(effect: Invoke[Any]) -> Any:
-    """What a handler returns; meanwhile it is known that it is called, for it must not dispatch."""
-    before = being_called.get()
-    being_called.set((*before, effect.fence))
-    try:
-        return await effect
-    finally:
-        being_called.set(before)
-
-
 def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
     """What a handler returned, as the log holds it, and as the log will give it back on a resume.
 
@@ -147,7 +142,7 @@ def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
         PayloadError: The log cannot hold it, or not give it back.
     """
     text = encode(handler.signature.events_of(value), handler.name, run.saga_id, step.index)
-    if not handler.signature.is_read_back_as(value):
+    if value is not None and not handler.signature.answers_plainly(value):
         value = handler.read_output(text, run.saga_id, step.index)
     return Succeeded(value, text)
 
@@ -159,6 +154,8 @@ def as_held(run: Run, handler: Handler, cmd: Any, index: int, asked: str) -> tup
         PayloadError: The log cannot hold it, or not give it back; nothing was written.
     """
     text = encode(cmd, asked, run.saga_id, index)
+    if handler.signature.asks_plainly(cmd):
+        return text, cmd
     try:
         return text, handler.read_cmd(text, run.saga_id, index)
     except PayloadError:
