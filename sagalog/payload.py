@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar, cast
 
-from pydantic import PydanticUndefinedAnnotation, PydanticUserError, TypeAdapter
+from pydantic import (
+    BaseModel,
+    PydanticUndefinedAnnotation,
+    PydanticUserError,
+    Secret,
+    SecretBytes,
+    SecretStr,
+    TypeAdapter,
+)
 from pydantic_core import from_json, to_json
 
 from sagalog.errors import PayloadError, where
@@ -170,24 +178,49 @@ def _stored_badly(problem: str, column: str, saga_id: int | None, step_index: in
 def unreadable(kind: Any) -> str | None:
     """Why values of an annotation cannot be had back from JSON; None if they can."""
     try:
-        adapter = _adapter(kind)
+        _adapter(kind)
     except (PydanticUserError, PydanticUndefinedAnnotation, TypeError) as error:
         return f"Pydantic cannot read it ({type(error).__name__})"
-    try:
-        described = adapter.json_schema(mode="serialization")
-    except Exception:
-        return None  # no schema describes it, and it may be readable all the same
-    if _any_part(described, lambda part: bool(part.get("writeOnly"))):
-        return "it holds a secret, of which only a mask is written"
     return None
 
 
-def _any_part(described: JsonValue, wanted: Callable[[dict[str, Any]], bool]) -> bool:
-    if isinstance(described, list):
-        return any(_any_part(part, wanted) for part in described)
-    return isinstance(described, dict) and (
-        wanted(described) or any(_any_part(part, wanted) for part in described.values())
-    )
+def changed_by_json(value: Any, back: Any) -> str | None:
+    """What of a value is not what was read back of it, where that would be taken for something else.
+
+    Args:
+        value: The value.
+        back: What was read back.
+
+    Returns:
+        Why: a secret is written as a mask; of a union of classes that look alike in JSON another one is read. None if
+        only plain values have become the JSON ones.
+    """
+    pending = [(value, back)]
+    while pending:
+        one, other = pending.pop()
+        if isinstance(one, SecretStr | SecretBytes | Secret):
+            if one != other:
+                return "it holds a secret, of which only a mask is written"
+        elif _is_record(one) and _is_record(other):
+            if not isinstance(one, type(other)):
+                return f"a {type(one).__name__} reads back as a {type(other).__name__}"
+            pending.extend((item, getattr(other, name, None)) for name, item in _items_of(one))
+        elif _is_record(one) and isinstance(other, dict):
+            pending.extend((item, other.get(name)) for name, item in _items_of(one))
+        elif isinstance(one, dict) and isinstance(other, dict) and len(one) == len(other):
+            pending.extend(zip(one.values(), other.values(), strict=True))
+        elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+            pending.extend(zip(one, other, strict=False))
+    return None
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, BaseModel) or (is_dataclass(value) and not isinstance(value, type))
+
+
+def _items_of(record: Any) -> list[tuple[str, Any]]:
+    names = [field.name for field in fields(record)] if is_dataclass(record) else list(type(record).model_fields)
+    return [(name, getattr(record, name, None)) for name in names]
 
 
 def same_json(one: str, other: str) -> bool:

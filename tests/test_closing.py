@@ -8,12 +8,13 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from sagalog import AsyncSagaLog, SagaLog, UnusableBind
 
@@ -156,3 +157,35 @@ def test_a_write_that_comes_while_a_file_is_closed_is_done_or_refused(sqlite_pat
     under_way, closed, late = asyncio.run(main())
     assert (under_way, closed) == (2, None)
     assert late == 3 or isinstance(late, UnusableBind)
+
+
+@pytest.mark.parametrize("road", ["file", "asyncpg"])
+def test_a_unit_of_work_that_is_cancelled_while_it_begins_holds_nothing(
+    sqlite_path: Path, road: str, request: pytest.FixtureRequest
+) -> None:
+    async def main() -> None:
+        engine = None
+        if road == "asyncpg":
+            url = request.getfixturevalue("postgres_url").replace("+psycopg", "+asyncpg")
+            engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=5)
+        log = AsyncSagaLog(engine) if engine is not None else await AsyncSagaLog.open(sqlite_path)
+        held: list[object] = []
+
+        async def enters() -> None:
+            unit = log.unit_of_work()
+            held.append(unit)  # whoever holds it does not wait for its collection
+            async with unit:
+                await asyncio.Event().wait()
+
+        await log.max_saga_id()
+        task = asyncio.create_task(enters())
+        await asyncio.sleep(0)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        assert await asyncio.wait_for(log.create_saga("s", None), timeout=30) == 1
+        await log.close()
+        if engine is not None:
+            await engine.dispose()
+
+    asyncio.run(main())

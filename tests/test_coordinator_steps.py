@@ -6,6 +6,7 @@ import asyncio
 import functools
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -321,3 +322,36 @@ def test_a_handler_may_run_another_saga(log: SagaLog) -> None:
             return int(ctx.dispatch(Reserve()))
 
         assert coordinator.run(outer) == 7
+
+
+def test_a_task_that_a_handler_began_may_dispatch_once_the_handler_has_returned(sqlite_path: Path) -> None:
+    """It serves whoever asks, the saga's function as well."""
+    bus = CommandBus()
+    asked: asyncio.Queue[Any] = asyncio.Queue()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def serve() -> None:
+        ctx, answer = await asked.get()
+        answer.set_result(await ctx.dispatch(Reserve()))
+
+    @bus.handler(pivot=True)
+    async def begin(cmd: Charge) -> None:
+        tasks.append(asyncio.create_task(serve()))
+
+    @bus.handler(read_only=True)
+    async def reserve(cmd: Reserve) -> int:
+        return 7
+
+    async def main() -> int:
+        async with await AsyncSagaLog.open(sqlite_path) as log, AsyncSagaCoordinator(log, bus) as coordinator:
+
+            @coordinator.saga("serves")
+            async def serves(ctx: Any) -> int:
+                await ctx.dispatch(Charge())
+                answer = asyncio.get_running_loop().create_future()
+                await asked.put((ctx, answer))
+                return int(await answer)
+
+            return int(await asyncio.wait_for(coordinator.run(serves), timeout=30))
+
+    assert asyncio.run(main()) == 7

@@ -6,11 +6,12 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import Engine, create_engine, event, text
+from sqlalchemy import Column, Engine, Integer, MetaData, Table, create_engine, event, insert, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column
@@ -26,6 +27,7 @@ from sagalog import (
     SagaFailed,
     SagaLog,
     StepInfo,
+    UnusableBind,
     UnusableHandler,
     migrations,
 )
@@ -574,3 +576,125 @@ def test_a_transactional_undo_that_raises_is_tried_again(stage: Stage, raises: i
         ("compensated", 1) if raises < 3 else ("failed_compensation", 0)
     )
     assert (len(keys), len(set(keys))) == (min(raises + 1, 3), 1)
+
+
+# What a host's engine has of its own
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_a_sync_handler_on_an_async_engine_has_its_options_and_is_heard_by_its_listeners(
+    postgres_url: str, driver: str
+) -> None:
+    heard: list[str] = []
+    kept = Table("kept", MetaData(), Column("place", Integer))
+
+    async def main() -> list[int]:
+        engine = create_async_engine(
+            postgres_url.replace("+psycopg", f"+{driver}"),
+            execution_options={"schema_translate_map": {None: "tenant"}},
+        )
+        event.listen(engine.sync_engine, "begin", lambda connection: heard.append("begin"))
+        async with engine.begin() as connection:
+            await connection.execute(text("CREATE SCHEMA tenant"))
+            await connection.run_sync(kept.create)
+        bus, log = CommandBus(), AsyncSagaLog(engine)
+        await log.max_saga_id()
+        heard.clear()
+
+        @bus.handler(transactional=True, read_only=True)
+        def keep(cmd: Keep, session: Session) -> int:
+            session.execute(insert(kept).values(place=7))
+            return len(heard)
+
+        async with AsyncSagaCoordinator(log, bus) as coordinator:
+
+            @coordinator.saga("keeps")
+            async def keeps(ctx: Any) -> None:
+                assert await ctx.dispatch(Keep()) == 1
+
+            await coordinator.run(keeps)
+        async with engine.connect() as connection:
+            found = (await connection.execute(text("SELECT place FROM tenant.kept"))).scalars().all()
+        await engine.dispose()
+        return list(found)
+
+    assert asyncio.run(main()) == [7]
+
+
+def test_a_savepoint_that_a_handler_left_open_is_committed_with_the_rest(stage: Stage) -> None:
+    stage.sql("CREATE TABLE note (body TEXT NOT NULL)")
+    write = text("INSERT INTO note VALUES ('kept')")
+    if stage.asynchronous:
+
+        @stage.bus.handler(transactional=True, read_only=True)
+        async def akeep(cmd: Keep, session: AsyncSession) -> int:
+            await session.begin_nested()
+            await session.begin_nested()
+            await session.execute(write)
+            return 1
+    else:
+
+        @stage.bus.handler(transactional=True, read_only=True)
+        def keep(cmd: Keep, session: Session) -> int:
+            session.begin_nested()
+            session.begin_nested()
+            session.execute(write)
+            return 1
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("keeps")
+    def keeps(ctx: Any) -> int:
+        return int(ctx.dispatch(Keep()))
+
+    assert coordinator.run("keeps") == 1
+    assert notes(stage) == ["kept"]
+
+
+def test_a_handler_that_would_wait_for_its_own_connection_is_told_at_once() -> None:
+    engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
+    migrations.upgrade(engine)
+    log, bus, found = SagaLog(engine), CommandBus(), []
+
+    @bus.handler(transactional=True, pivot=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Done:
+        found.append(SagaLog(session).max_saga_id())
+        with pytest.raises(UnusableBind, match="SagaLog\\(session\\)"):
+            log.max_saga_id()
+        return Done()
+
+    with SagaCoordinator(log, bus) as coordinator:
+        assert coordinator.run(reserving(coordinator), 1) == 1
+        assert log.max_saga_id() == 1
+    assert found == [1]
+    engine.dispose()
+
+
+@pytest.mark.parametrize("bind", ["engine", "file"])
+def test_a_handler_that_runs_out_of_time_in_a_statement_leaves_no_lock(sqlite_path: Path, bind: str) -> None:
+    endless = text("WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c")
+
+    async def main() -> None:
+        engine = create_async_engine(f"sqlite+aiosqlite:///{sqlite_path}")
+        log = AsyncSagaLog(engine) if bind == "engine" else await AsyncSagaLog.open(sqlite_path)
+        bus = CommandBus()
+
+        @bus.handler(transactional=True, pivot=True, timeout=0.1, settle=0.0)
+        async def keep(cmd: Keep, session: AsyncSession) -> int:
+            await session.execute(text("CREATE TABLE kept (place INTEGER)"))
+            await session.execute(endless)
+            return 1
+
+        async with AsyncSagaCoordinator(log, bus) as coordinator:
+
+            @coordinator.saga("keeps")
+            async def keeps(ctx: Any) -> None:
+                await ctx.dispatch(Keep())
+
+            with pytest.raises(SagaFailed, match="outlived its timeout") as failure:
+                await coordinator.run(keeps)
+            assert failure.value.outcome == "compensated"
+        await log.close()
+        await engine.dispose()
+
+    asyncio.run(main())

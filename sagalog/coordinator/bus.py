@@ -13,6 +13,7 @@ from sagalog.coordinator.signature import (
     Signature,
     event_type,
     is_async,
+    is_lazy,
     mixes_lists,
     name_of,
     read_handler,
@@ -329,10 +330,12 @@ def _check_alone(handler: Handler, *, idempotent: bool) -> None:
         hint = "Make the two the same."
     elif (why_not := unreadable(handler.cmd_type)) is not None:
         problem = f"its command, a {_shown(handler.cmd_type)}, cannot be read back from the log: {why_not}"
-        hint = "Make it a Pydantic model or a dataclass; name a secret in it, and look it up in the handler."
+        hint = "Make it a Pydantic model or a dataclass."
     elif returns not in (NOT_SAID, Any, None) and (why_not := unreadable(returns)) is not None:
         problem = f"what it returns, {_shown(returns)}, cannot be read back from the log: {why_not}"
         hint = "Return a Pydantic model, a dataclass, what JSON holds, or a list of these."
+    elif is_lazy(without_none(returns)):
+        problem, hint = f"it returns {_shown(returns)}, which can be read once", "Say that it returns a list."
     elif mixes_lists(returns):
         problem = f"it returns {_shown(returns)}, and the log could not tell one event from a list of one"
         hint = "Say that it returns a list."

@@ -10,13 +10,14 @@ from sagalog.coordinator.signature import (
     NOT_SAID,
     is_async,
     name_of,
+    never_returns,
     refuse_generator,
     refuse_keyword_only,
     resolved,
 )
 from sagalog.errors import PayloadError, UnusableHandler
 from sagalog.moments import is_seconds
-from sagalog.payload import check_text, decode, decode_as, unreadable
+from sagalog.payload import changed_by_json, check_text, decode, decode_as, unreadable
 from sagalog.plain import plain_check
 
 
@@ -76,13 +77,21 @@ class Definition:
             self.input_of((given,))
         if self.takes_input and self.input_type not in (NOT_SAID, Any) and not self.takes_plainly(given):
             try:
-                return decode_as(self.input_type, text, "input", None)
+                held = decode_as(self.input_type, text, "input", None)
             except PayloadError:
                 raise PayloadError(
                     f"{asked} of {self.name}",
                     f"a {type(given).__name__} is no input of it",
                     hint=f"It takes a {_shown(self.input_type)}.",
                 ) from None
+            changed = changed_by_json(given, held)
+            if changed is not None:
+                raise PayloadError(
+                    f"{asked} of {self.name}",
+                    f"its input cannot be had back from the log: {changed}",
+                    hint="Tell classes that look alike apart by Field(discriminator=...), and name a secret.",
+                )
+            return held
         return given
 
     def read_input(self, text: str, saga_id: int) -> Any:
@@ -121,7 +130,7 @@ def define(
     parameters = list(signature.parameters.values())
     takes_input = len(parameters) == 2
     input_type = parameters[1].annotation if takes_input else NOT_SAID
-    returns = signature.return_annotation
+    returns = NOT_SAID if never_returns(signature.return_annotation) else signature.return_annotation
     problem = hint = ""
     if not 1 <= len(parameters) <= 2:
         problem, hint = f"it takes {len(parameters)} arguments", "It is called with (ctx, input), or (ctx)."

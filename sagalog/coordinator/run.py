@@ -35,8 +35,18 @@ S = TypeVar("S", SagaState, StepState)
 _WAITS_FOR_THE_LOG: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
-being_called: Final[ContextVar[tuple[Fence, ...]]] = ContextVar("sagalog_being_called", default=())
-"""The sagas of whose steps a handler is being called here."""
+class Calling:
+    """The call of a handler; whatever was begun in it knows it for longer than it lasts."""
+
+    __slots__ = ("fence", "over")
+
+    def __init__(self, fence: Fence) -> None:
+        self.fence = fence
+        self.over = False
+
+
+being_called: Final[ContextVar[tuple[Calling, ...]]] = ContextVar("sagalog_being_called", default=())
+"""The handlers that are being called here."""
 
 
 class Stopped(SagaLogError):
@@ -253,7 +263,7 @@ class Run:
 
     def refuse_stopped(self, *, undoing: bool = False) -> None:
         """Raise why the saga may not go on, if it may not; that its time is up never stops an undo."""
-        if self.fence in being_called.get():
+        if any(calling.fence == self.fence and not calling.over for calling in being_called.get()):
             raise UnusableHandler(
                 f"the context of saga {self.saga_id}",
                 "a handler of the saga calls it, whose own step has not ended",

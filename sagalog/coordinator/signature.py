@@ -163,7 +163,7 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
             )
     if cmd_type is None:
         raise UnusableHandler(name_of(function), "it takes no command", hint="Annotate its first parameter.")
-    said = signature.return_annotation
+    said = None if never_returns(signature.return_annotation) else signature.return_annotation
     returns = event_type(cmd_type) if said is NOT_SAID else said
     return Signature(
         tuple(wants),
@@ -193,6 +193,11 @@ def _session_of(kind: Any) -> str | None:
     return None
 
 
+def never_returns(annotation: Any) -> bool:
+    """Whether a function always raises."""
+    return annotation in (typing.NoReturn, typing.Never)
+
+
 def takes_none(annotation: Any) -> bool:
     """Whether an annotation admits None."""
     if annotation is None or annotation is _NONE or annotation is Any:
@@ -205,6 +210,7 @@ def takes_none(annotation: Any) -> bool:
 
 def without_none(annotation: Any) -> Any:
     """The annotation of what is there, if something is."""
+    annotation = _named(annotation)
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         parts = [part for part in typing.get_args(annotation) if part is not _NONE]
         return parts[0] if len(parts) == 1 else typing.Union[tuple(parts)]  # noqa: UP007 - made at run time
@@ -213,7 +219,27 @@ def without_none(annotation: Any) -> Any:
 
 def is_list(annotation: Any) -> bool:
     """Whether an annotation means several events."""
-    return (typing.get_origin(annotation) or annotation) in _LISTS
+    one = _named(annotation)
+    return (typing.get_origin(one) or one) in _LISTS
+
+
+def is_lazy(annotation: Any) -> bool:
+    """Whether an annotation means something that is used up by reading it."""
+    one = _named(annotation)
+    return (typing.get_origin(one) or one) in _LAZY
+
+
+def _named(annotation: Any) -> Any:
+    """What an alias, a NewType, or an annotation with more to it stands for."""
+    while True:
+        if typing.get_origin(annotation) is typing.Annotated:
+            annotation = typing.get_args(annotation)[0]
+        elif isinstance(annotation, typing.NewType):
+            annotation = annotation.__supertype__
+        elif type(annotation).__name__ == "TypeAliasType":  # of typing from Python 3.12 on, or of typing_extensions
+            annotation = annotation.__value__
+        else:
+            return annotation
 
 
 def mixes_lists(annotation: Any) -> bool:
@@ -224,6 +250,12 @@ def mixes_lists(annotation: Any) -> bool:
 
 
 _LISTS = (list, collections.abc.Sequence, collections.abc.MutableSequence, collections.abc.Collection)
+_LAZY = (
+    collections.abc.Iterable,
+    collections.abc.Iterator,
+    collections.abc.AsyncIterable,
+    collections.abc.AsyncIterator,
+)
 
 
 def event_type(cmd_type: type[Any]) -> Any:

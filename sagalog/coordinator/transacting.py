@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine, event
@@ -17,14 +17,14 @@ from sqlalchemy.pool import NullPool
 from sagalog.coordinator.effects import EndedInside, Invoke
 from sagalog.coordinator.threads import in_thread
 from sagalog.errors import SagaLogError, UnusableBind
-from sagalog.log.apart import inner_bind, own_engine
+from sagalog.log.apart import inner_bind, like_engine
 from sagalog.log.caller import CallerBind
 from sagalog.log.connections import file_engine, file_uri
 from sagalog.log.database import Call, Kind, Operation
 from sagalog.log.engine import EngineBind
 from sagalog.log.faults import driver_error, is_savepoint_missing, is_transient, translate
 from sagalog.log.file import FileBind
-from sagalog.log.one_connection import take_turn, turn_of
+from sagalog.log.one_connection import Holding, take_turn, turn_of
 from sagalog.log.statements import Statements
 from sagalog.placement import Placement
 
@@ -116,7 +116,7 @@ class Transactions:
         from sagalog.log.asynchronous import sleep_in_greenlet
 
         assert isinstance(self._inner, EngineBind)
-        engine = AsyncEngine(own_engine(self._inner.engine))
+        engine = AsyncEngine(like_engine(self._inner.engine))
 
         async def call() -> Any:
             try:
@@ -169,16 +169,16 @@ class _Transaction:
         self._session = session
         self._caller = CallerBind(session, sql, sleep=sleep)
         self._sleep = sleep
-        self._turn: threading.Lock | None = None
+        self._turn: Holding | None = None
         self._connection: Connection | None = None
+        self._driver: Any = None
         self._listened: list[tuple[object, str, Callable[..., None]]] = []
 
     def begin(self) -> None:
         """Begin it, for writing."""
         turn = turn_of(self._session.get_bind())
         if turn is not None:
-            take_turn(turn, _COMMIT.asked, self._sleep)
-            self._turn = turn
+            self._turn = take_turn(turn, _COMMIT.asked, self._sleep)
         self._listen(self._session, "after_begin", self._begun)
         self._listen(self._session, "before_commit", self._refuse_outermost)
         self._caller.begin()
@@ -190,6 +190,9 @@ class _Transaction:
         self._caller.enter(connection, _COMMIT)
         connection.exec_driver_sql(f"SAVEPOINT {_MARK}")
         self._connection = connection
+        if connection.dialect.driver == "aiosqlite" and self._driver is None:
+            self._listen(connection.engine.pool, "invalidate", self._roll_back_what_was_cut_off)
+            self._driver = connection.connection.dbapi_connection
         self._listen(connection, "commit", _refuse_commit)
 
     def _refuse_outermost(self, session: Session) -> None:
@@ -227,6 +230,8 @@ class _Transaction:
         ended = effect.ended(value)
         try:
             self._session.flush()
+            while (nested := self._session.get_nested_transaction()) is not None:
+                nested.commit()  # left open: as their outer one's commit would
         except Exception as error:
             raise self.told(error) from error
         self._look_for_mark(f"RELEASE SAVEPOINT {_MARK}")
@@ -273,6 +278,15 @@ class _Transaction:
             turn, self._turn = self._turn, None
             if turn is not None:
                 turn.release()
+
+    def _roll_back_what_was_cut_off(self, driver: Any, record: object, error: BaseException | None) -> None:
+        """A cancelled statement goes on in aiosqlite's thread; closed in the middle, it keeps SQLite's write lock."""
+        from sqlalchemy.util import await_only
+
+        if driver is self._driver:
+            for end in (driver.driver_connection.interrupt, driver.driver_connection.rollback):
+                with suppress(Exception):
+                    await_only(end())
 
 
 _MARK = "sagalog_handler"

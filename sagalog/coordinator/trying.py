@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
 from sagalog.coordinator.effects import EndedInside, Info, Invoke, OutOfTime, Sleep, Write
-from sagalog.coordinator.run import Run, Step, being_called
+from sagalog.coordinator.run import Calling, Run, Step, being_called
 from sagalog.errors import (
     InvalidTransition,
     LeaseLost,
@@ -20,7 +20,7 @@ from sagalog.errors import (
 from sagalog.log import owned_steps, reading
 from sagalog.log.database import Operation
 from sagalog.moments import now_ms
-from sagalog.payload import encode, printable
+from sagalog.payload import changed_by_json, encode, printable
 from sagalog.states import StepState
 
 ONCE: Final = Retry(attempts=1)
@@ -73,6 +73,8 @@ async def tried(
     transactional = handler.transactional
     called_before = being_called.get()
     while True:
+        if attempt > 1:
+            cmd = handler.read_cmd(step.cmd_json, run.saga_id, step.index)  # whatever its handler did to the one before
         now = now_ms()
         while step.deadline_at is not None and now >= step.deadline_at:
             # A process that slept since it wrote the step owns the saga still, or does not call its handler.
@@ -84,10 +86,12 @@ async def tried(
         info = Info(run.saga_id, step.index, attempt, now + int(handler.timeout * 1000), key, compensates)
         ending = _Ending(run, handler, step, undo=compensates is not None) if transactional else None
         try:
-            being_called.set((*called_before, run.fence))
+            calling = Calling(run.fence)
+            being_called.set((*called_before, calling))
             try:
                 value: Any = await Invoke(handler, cmd, info, run.fence, ending)
             finally:
+                calling.over = True
                 being_called.set(called_before)
         except owned_steps.AlreadyEnded as found:
             text = found.output_json or "[]"
@@ -143,7 +147,18 @@ def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
     """
     text = encode(handler.signature.events_of(value), handler.name, run.saga_id, step.index)
     if value is not None and not handler.signature.answers_plainly(value):
-        value = handler.read_output(text, run.saga_id, step.index)
+        back = handler.read_output(text, run.saga_id, step.index)
+        changed = changed_by_json(value, back)
+        if changed is not None:
+            raise PayloadError(
+                f"{handler.name} of {where(run.saga_id, step.index)}",
+                f"its answer cannot be had back from the log: {changed}",
+                saga_id=run.saga_id,
+                step_index=step.index,
+                found=type(value).__name__,
+                hint="Tell classes that look alike apart by Field(discriminator=...); name a secret in place of it.",
+            )
+        value = back
     return Succeeded(value, text)
 
 
@@ -156,17 +171,23 @@ def as_held(run: Run, handler: Handler, cmd: Any, index: int, asked: str) -> tup
     text = encode(cmd, asked, run.saga_id, index)
     if handler.signature.asks_plainly(cmd):
         return text, cmd
+    problem = f"a {type(cmd).__name__} cannot be read back from what the log would hold of it"
     try:
-        return text, handler.read_cmd(text, run.saga_id, index)
+        held = handler.read_cmd(text, run.saga_id, index)
     except PayloadError:
-        problem = f"a {type(cmd).__name__} cannot be read back from what the log would hold of it"
+        changed: str | None = ""
+    else:
+        changed = changed_by_json(cmd, held)
+        if changed is None:
+            return text, held
     raise PayloadError(
         f"{asked} of {where(run.saga_id, index)}",
-        problem,
+        f"{problem}: {changed}" if changed else problem,
         saga_id=run.saga_id,
         step_index=index,
         found=type(cmd).__name__,
-        hint="Its JSON must validate as its class: see exclude=, serialization_alias= and computed fields.",
+        hint="Its JSON must validate as its class, and as no other: see exclude=, serialization_alias=, computed "
+        "fields, and Field(discriminator=...) for a union; name a secret, and look it up in the handler.",
     )
 
 

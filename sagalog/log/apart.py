@@ -52,6 +52,16 @@ def own_engine(engine: Engine) -> Engine:
     return Engine(engine.pool.recreate(), engine.dialect, engine.url, hide_parameters=True)
 
 
+def like_engine(engine: Engine) -> Engine:
+    """The same for what the host does on its engine: with the engine's options, and heard by its listeners."""
+    own = own_engine(engine)
+    own.update_execution_options(**engine.get_execution_options())
+    # As SQLAlchemy makes an engine of another one, in `Engine.execution_options`; only the pool is not the same.
+    own.dispatch = own.dispatch._join(engine.dispatch)
+    own._has_events = engine._has_events
+    return own
+
+
 def inner_bind(bind: object) -> object:
     """The sync bind of an async one; a sync bind itself."""
     return getattr(bind, "file", None) or getattr(bind, "bind", None) or bind

@@ -65,6 +65,18 @@ async def decided(work: Awaitable[R]) -> R:
         raise
 
 
+async def entered(entering: Awaitable[R], leave: Callable[[R], Awaitable[object]]) -> R:
+    """Await what is entered; if that is cancelled meanwhile, leave again what was entered all the same."""
+    task = asyncio.ensure_future(entering)
+    try:
+        return await decided(task)
+    except asyncio.CancelledError:
+        if task.done() and not task.cancelled() and task.exception() is None:
+            with suppress(Exception):
+                await decided(leave(task.result()))
+        raise
+
+
 class GreenletBind:
     """A sync bind over the sync counterpart of something async."""
 
@@ -84,7 +96,10 @@ class GreenletBind:
     async def unit_of_work(self) -> AsyncIterator[GreenletBind]:
         """See `AsyncBind`."""
         unit = self._bind.unit_of_work()
-        held = await decided(greenlet_spawn(unit.__enter__))
+        held = await entered(
+            greenlet_spawn(unit.__enter__),
+            lambda _: greenlet_spawn(unit.__exit__, asyncio.CancelledError, asyncio.CancelledError(), None),
+        )
         try:
             yield GreenletBind(held)
         except BaseException as error:
@@ -219,7 +234,10 @@ class ThreadBind:
         """See `AsyncBind`."""
         self._refuse_nested("unit_of_work")
         async with self._unit_turn:
-            held = await self._in_unit_thread(lambda: self._file.enter_unit(None))
+            held = await entered(
+                self._in_unit_thread(lambda: self._file.enter_unit(None)),
+                lambda held: self._in_unit_thread(lambda: held.end(commit=False)),
+            )
             self._unit_task = asyncio.current_task()
             try:
                 yield _AsyncHeldFile(held, self._in_unit_thread)

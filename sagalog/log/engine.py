@@ -38,7 +38,7 @@ from sagalog.log.database import (
 )
 from sagalog.log.faults import SQLITE_IOERR, driver_error, is_disconnect, is_fault, sqlite_code, translate, was_sent
 from sagalog.log.forking import leave_to_parent, tell_no_more, tell_of_forks
-from sagalog.log.one_connection import in_turn, take_turn, turn_of
+from sagalog.log.one_connection import Holding, in_turn, take_turn, turn_of
 from sagalog.log.statements import Statements
 from sagalog.schema import Found
 
@@ -336,12 +336,12 @@ class _SqliteTransaction:
         self._writing = writing
         self._was_manual = False
         self._cursor: Any = None
-        self._turn = bind._turn
+        self._turn: Holding | None = None
 
     def __enter__(self) -> CursorDatabase:
         bind = self._bind
-        if self._turn is not None:
-            take_turn(self._turn, self._operation.asked, bind._sleep)
+        if bind._turn is not None:
+            self._turn = take_turn(bind._turn, self._operation.asked, bind._sleep)
         try:
             self._connection = bind._engine.raw_connection()
         except BaseException as error:

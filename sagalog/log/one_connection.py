@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Engine
 from sqlalchemy.pool import Pool, StaticPool
 
-from sagalog.errors import LogUnavailable
+from sagalog.errors import LogUnavailable, UnusableBind
 
 _SECONDS = 5.0
 _turns: WeakKeyDictionary[Pool, threading.Lock] = WeakKeyDictionary()
@@ -29,21 +30,24 @@ def turn_of(engine: object) -> threading.Lock | None:
         return _turns.setdefault(pool, threading.Lock())
 
 
-@contextmanager
-def in_turn(turn: threading.Lock | None, asked: str, sleep: Callable[[float], Any]) -> Iterator[None]:
-    """One's turn, if turns are taken; see `take_turn`."""
-    if turn is None:
-        yield
-        return
-    take_turn(turn, asked, sleep)
-    try:
-        yield
-    finally:
-        turn.release()
+class Holding:
+    """A turn that was taken, until it is released."""
+
+    def __init__(self, turn: threading.Lock) -> None:
+        self.turn: threading.Lock | None = turn
+
+    def release(self) -> None:
+        """Let others come."""
+        turn, self.turn = self.turn, None
+        if turn is not None:
+            turn.release()
 
 
-def take_turn(turn: threading.Lock, asked: str, sleep: Callable[[float], Any]) -> None:
-    """Wait for one's turn, and take it; whoever took it releases it.
+_held: ContextVar[tuple[Holding, ...]] = ContextVar("sagalog_held", default=())
+
+
+def take_turn(turn: threading.Lock, asked: str, sleep: Callable[[float], Any]) -> Holding:
+    """Wait for one's turn, and take it.
 
     Args:
         turn: From `turn_of`.
@@ -51,8 +55,16 @@ def take_turn(turn: threading.Lock, asked: str, sleep: Callable[[float], Any]) -
         sleep: Waits so many seconds; a task's lets its event loop go on.
 
     Raises:
+        UnusableBind: Whoever asks has it already, and would wait for itself.
         LogUnavailable: Somebody had it all the time.
     """
+    held = tuple(holding for holding in _held.get() if holding.turn is not None)
+    if any(holding.turn is turn for holding in held):
+        raise UnusableBind(
+            asked,
+            "a transaction that is open here holds the engine's only connection",
+            hint="Use SagaLog(session) in it, or give SagaLog an engine whose pool has more than one connection.",
+        )
     until = time.monotonic() + _SECONDS
     while not turn.acquire(blocking=False):
         if time.monotonic() >= until:
@@ -63,3 +75,19 @@ def take_turn(turn: threading.Lock, asked: str, sleep: Callable[[float], Any]) -
                 hint="Keep transactions short; or give SagaLog an engine whose pool has more than one connection.",
             )
         sleep(random.uniform(0.001, 0.010))
+    holding = Holding(turn)
+    _held.set((*held, holding))
+    return holding
+
+
+@contextmanager
+def in_turn(turn: threading.Lock | None, asked: str, sleep: Callable[[float], Any]) -> Iterator[None]:
+    """One's turn, if turns are taken; see `take_turn`."""
+    if turn is None:
+        yield
+        return
+    holding = take_turn(turn, asked, sleep)
+    try:
+        yield
+    finally:
+        holding.release()
