@@ -184,17 +184,35 @@ def unreadable(kind: Any) -> str | None:
     return None
 
 
-def changed_by_json(value: Any, back: Any) -> str | None:
-    """What of a value is not what was read back of it, where that would be taken for something else.
+def check_had_back(
+    value: Any, back: Any, asked: str, saga_id: int | None = None, step_index: int | None = None
+) -> None:
+    """Refuse what would be taken for something else once it is read back.
 
     Args:
         value: The value.
-        back: What was read back.
+        back: What is read back of it.
+        asked: What it is for.
+        saga_id: The saga, for the message.
+        step_index: The step, for the message.
 
-    Returns:
-        Why: a secret is written as a mask; of a union of classes that look alike in JSON another one is read. None if
-        only plain values have become the JSON ones.
+    Raises:
+        PayloadError: It holds a secret, or one of several classes that look alike in JSON.
     """
+    changed = _changed_by_json(value, back)
+    if changed is not None:
+        raise PayloadError(
+            f"{asked} of {where(saga_id, step_index)}",
+            f"a {type(value).__name__} cannot be had back from the log: {changed}",
+            saga_id=saga_id,
+            step_index=step_index,
+            found=type(value).__name__,
+            hint="Tell classes that look alike apart by Field(discriminator=...), and name a secret in place of it.",
+        )
+
+
+def _changed_by_json(value: Any, back: Any) -> str | None:
+    """What would be taken for something else; None if only plain values have become the JSON ones."""
     pending = [(value, back)]
     while pending:
         one, other = pending.pop()

@@ -177,7 +177,6 @@ def test_a_unit_of_work_that_is_cancelled_while_it_begins_holds_nothing(
             async with unit:
                 await asyncio.Event().wait()
 
-        await log.max_saga_id()
         for turns in range(1, 9):
             task = asyncio.create_task(enters())
             for _ in range(turns):

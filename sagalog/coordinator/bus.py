@@ -21,6 +21,7 @@ from sagalog.coordinator.signature import (
     refuse_generator,
     refuse_keyword_only,
     resolved,
+    shown,
     takes_none,
     without_none,
 )
@@ -326,18 +327,18 @@ def _check_alone(handler: Handler, *, idempotent: bool) -> None:
     elif not handler.transactional and "session" in wants:
         problem, hint = "it takes a Session and is not transactional", "Say transactional=True."
     elif declared is not NOT_SAID and returns is not NOT_SAID and without_none(returns) != without_none(declared):
-        problem = f"it returns {_shown(returns)}, and {handler.cmd_type.__name__} says {_shown(declared)}"
+        problem = f"it returns {shown(returns)}, and {handler.cmd_type.__name__} says {shown(declared)}"
         hint = "Make the two the same."
     elif (why_not := unreadable(handler.cmd_type)) is not None:
-        problem = f"its command, a {_shown(handler.cmd_type)}, cannot be read back from the log: {why_not}"
+        problem = f"its command, a {shown(handler.cmd_type)}, cannot be read back from the log: {why_not}"
         hint = "Make it a Pydantic model or a dataclass."
     elif returns not in (NOT_SAID, Any, None) and (why_not := unreadable(returns)) is not None:
-        problem = f"what it returns, {_shown(returns)}, cannot be read back from the log: {why_not}"
+        problem = f"what it returns, {shown(returns)}, cannot be read back from the log: {why_not}"
         hint = "Return a Pydantic model, a dataclass, what JSON holds, or a list of these."
     elif is_lazy(without_none(returns)):
-        problem, hint = f"it returns {_shown(returns)}, which can be read once", "Say that it returns a list."
+        problem, hint = f"it returns {shown(returns)}, which can be read once", "Say that it returns a list."
     elif mixes_lists(returns):
-        problem = f"it returns {_shown(returns)}, and the log could not tell one event from a list of one"
+        problem = f"it returns {shown(returns)}, and the log could not tell one event from a list of one"
         hint = "Say that it returns a list."
     if problem:
         raise UnusableHandler(who, problem, hint=hint)
@@ -361,13 +362,9 @@ def _check_fit(handler: Handler, compensation: Compensation) -> None:
         if without_none(output) != without_none(held) and not (held is None and takes_none(output)):
             raise UnusableHandler(
                 asked,
-                f"its output parameter is {_shown(output)}, and the handler returns {_shown(returns)}",
+                f"its output parameter is {shown(output)}, and the handler returns {shown(returns)}",
                 hint="Make the two the same.",
             )
-
-
-def _shown(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
 
 
 def _names_at_call() -> Mapping[str, Any]:

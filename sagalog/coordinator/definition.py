@@ -14,10 +14,11 @@ from sagalog.coordinator.signature import (
     refuse_generator,
     refuse_keyword_only,
     resolved,
+    shown,
 )
 from sagalog.errors import PayloadError, UnusableHandler
 from sagalog.moments import is_seconds
-from sagalog.payload import changed_by_json, check_text, decode, decode_as, unreadable
+from sagalog.payload import check_had_back, check_text, decode, decode_as, unreadable
 from sagalog.plain import plain_check
 
 
@@ -82,15 +83,9 @@ class Definition:
                 raise PayloadError(
                     f"{asked} of {self.name}",
                     f"a {type(given).__name__} is no input of it",
-                    hint=f"It takes a {_shown(self.input_type)}.",
+                    hint=f"It takes a {shown(self.input_type)}.",
                 ) from None
-            changed = changed_by_json(given, held)
-            if changed is not None:
-                raise PayloadError(
-                    f"{asked} of {self.name}",
-                    f"its input cannot be had back from the log: {changed}",
-                    hint="Tell classes that look alike apart by Field(discriminator=...), and name a secret.",
-                )
+            check_had_back(given, held, f"{asked} of {self.name}, the input")
             return held
         return given
 
@@ -145,10 +140,10 @@ def define(
     elif not isinstance(resumes, tuple | list | set | frozenset) or not all(type(other) is int for other in resumes):
         problem, hint = f"resumes={resumes!r}", "Name versions: resumes=(1, 2)."
     elif input_type is not NOT_SAID and (why_not := unreadable(input_type)) is not None:
-        problem = f"its input, a {_shown(input_type)}, cannot be read back from the log: {why_not}"
+        problem = f"its input, a {shown(input_type)}, cannot be read back from the log: {why_not}"
         hint = "Make it a Pydantic model, a dataclass, or what JSON holds."
     elif returns is not NOT_SAID and (why_not := unreadable(returns)) is not None:
-        problem = f"its result, {_shown(returns)}, cannot be read back from the log: {why_not}"
+        problem = f"its result, {shown(returns)}, cannot be read back from the log: {why_not}"
         hint = "Return a Pydantic model, a dataclass, or what JSON holds."
     elif not isinstance(function, Hashable):
         problem, hint = "it cannot be looked up, for it is not hashable", "Register a function."
@@ -165,7 +160,3 @@ def define(
         takes_plainly=plain_check(input_type),
         returns=returns,
     )
-
-
-def _shown(annotation: Any) -> str:
-    return str(getattr(annotation, "__name__", annotation))

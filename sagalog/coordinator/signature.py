@@ -56,6 +56,11 @@ def name_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__qualname__", None) or type(function).__name__
 
 
+def shown(annotation: Any) -> str:
+    """An annotation for messages."""
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling it gives an awaitable."""
     call = getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__

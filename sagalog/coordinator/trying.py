@@ -20,7 +20,7 @@ from sagalog.errors import (
 from sagalog.log import owned_steps, reading
 from sagalog.log.database import Operation
 from sagalog.moments import now_ms
-from sagalog.payload import changed_by_json, encode, printable
+from sagalog.payload import check_had_back, encode, printable
 from sagalog.states import StepState
 
 ONCE: Final = Retry(attempts=1)
@@ -148,16 +148,7 @@ def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
     text = encode(handler.signature.events_of(value), handler.name, run.saga_id, step.index)
     if value is not None and not handler.signature.answers_plainly(value):
         back = handler.read_output(text, run.saga_id, step.index)
-        changed = changed_by_json(value, back)
-        if changed is not None:
-            raise PayloadError(
-                f"{handler.name} of {where(run.saga_id, step.index)}",
-                f"its answer cannot be had back from the log: {changed}",
-                saga_id=run.saga_id,
-                step_index=step.index,
-                found=type(value).__name__,
-                hint="Tell classes that look alike apart by Field(discriminator=...); name a secret in place of it.",
-            )
+        check_had_back(value, back, f"answer of {handler.name}", run.saga_id, step.index)
         value = back
     return Succeeded(value, text)
 
@@ -171,23 +162,20 @@ def as_held(run: Run, handler: Handler, cmd: Any, index: int, asked: str) -> tup
     text = encode(cmd, asked, run.saga_id, index)
     if handler.signature.asks_plainly(cmd):
         return text, cmd
-    problem = f"a {type(cmd).__name__} cannot be read back from what the log would hold of it"
     try:
         held = handler.read_cmd(text, run.saga_id, index)
     except PayloadError:
-        changed: str | None = ""
+        problem = f"a {type(cmd).__name__} cannot be read back from what the log would hold of it"
     else:
-        changed = changed_by_json(cmd, held)
-        if changed is None:
-            return text, held
+        check_had_back(cmd, held, asked, run.saga_id, index)
+        return text, held
     raise PayloadError(
         f"{asked} of {where(run.saga_id, index)}",
-        f"{problem}: {changed}" if changed else problem,
+        problem,
         saga_id=run.saga_id,
         step_index=index,
         found=type(cmd).__name__,
-        hint="Its JSON must validate as its class, and as no other: see exclude=, serialization_alias=, computed "
-        "fields, and Field(discriminator=...) for a union; name a secret, and look it up in the handler.",
+        hint="Its JSON must validate as its class: see exclude=, serialization_alias= and computed fields.",
     )
 
 
