@@ -29,7 +29,8 @@ def plain_check(kind: Any) -> Callable[[Any], bool]:
     if kind in _SIMPLE:
         return lambda value: type(value) is kind
     if kind in _JSON and kind is not Any:
-        return lambda value: isinstance(value, typing.get_origin(kind) or kind) and _is_json(value)
+        plain = typing.get_origin(kind) or kind
+        return lambda value: type(value) is plain and _is_json(value)
     if not _is_plain_model(kind):
         return lambda value: False
     fields = [(name, _classes(field.annotation)) for name, field in kind.model_fields.items()]

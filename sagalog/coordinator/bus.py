@@ -83,13 +83,19 @@ class Compensation:
 
 
 class CommandBus:
-    """Knows, for each command's class, its handler and how it is undone."""
+    """Knows, for each command's class, its handler and how it is undone.
+
+    Attributes:
+        has_pivots: Whether a handler is one.
+        revision: Another one after each registration.
+    """
 
     def __init__(self) -> None:
         self._by_type: dict[type[Any], Handler] = {}
         self._by_name: dict[str, Handler] = {}
         self._compensations: dict[type[Any], Compensation] = {}
         self.has_pivots = False
+        self.revision = 0
 
     @overload
     def handler(self, function: F, /) -> F: ...
@@ -220,6 +226,7 @@ class CommandBus:
                 _check_fit(handler, made)
             self._check_undo(made)
             self._compensations[cmd_type] = made
+            self.revision += 1
             return function
 
         return register
@@ -286,6 +293,7 @@ class CommandBus:
             raise
         self._by_name[handler.name] = handler
         self.has_pivots = self.has_pivots or handler.pivot
+        self.revision += 1
 
     def _check_undo(self, compensation: Compensation) -> None:
         """What undoes is repeated under its key; it cannot itself be undone."""

@@ -44,10 +44,15 @@ def admitted(run: Run, cmd: Any) -> Handler:
     Raises:
         UnusableHandler: None takes it, or nothing says how it is undone, or the shell cannot call it.
     """
-    bus = run.policy.bus
+    policy = run.policy
+    bus = policy.bus
+    asked = type(cmd), bus.revision
+    known = policy.admitted.get(asked)
+    if known is not None:
+        return known
     handler = bus.handler_of(cmd)
     bus.check_undoable(handler)
-    check_callable(run.policy, handler)
+    check_callable(policy, handler)
     compensation = bus.compensation_of(handler)
     if compensation is not None and run.unknown_policy(handler) == "compensate" and not takes_none(compensation.output):
         raise UnusableHandler(
@@ -55,6 +60,7 @@ def admitted(run: Run, cmd: Any) -> Handler:
             'the coordinator says on_unknown="compensate", and its compensation does not admit an output of None',
             hint="Annotate the output as X | None, or say on_unknown='stop' at the handler.",
         )
+    policy.admitted[asked] = handler
     return handler
 
 
@@ -113,7 +119,7 @@ def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Any, Operation[
     """The next step, its command as the log holds it, and the write that begins it if the log does not hold it yet."""
     index = run.take_index()
     text, held = as_held(run, handler, cmd, index, f"dispatch of {handler.name}")
-    recorded = _recorded(run, index, handler.name, text)
+    recorded = _recorded(run, index, handler.name, text) if run.replay else None
     if recorded is not None:
         recorded.given = cmd
         return recorded, held, None

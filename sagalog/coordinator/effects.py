@@ -98,10 +98,10 @@ class Invoke(Effect[R]):
 
     def arguments(self, session: Any) -> list[Any]:
         """What the handler is called with, in its own order."""
-        return [
-            self.cmd if word == "cmd" else session if word == "session" else self.info.made()
-            for word in self.handler.signature.wants
-        ]
+        wants = self.handler.signature.wants
+        if len(wants) == 1:
+            return [self.cmd]
+        return [self.cmd if word == "cmd" else session if word == "session" else self.info.made() for word in wants]
 
 
 class OutOfTime(Exception):

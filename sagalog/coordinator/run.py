@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
 from sagalog.coordinator.bus import RESERVED, CommandBus, Handler, OnUnknown
@@ -132,11 +132,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A coordinator's settings that its flows read."""
+    """A coordinator's settings that its flows read.
+
+    Attributes:
+        admitted: The handlers that were found to be fit for a forward command, at a revision of the bus.
+    """
 
     bus: CommandBus
     on_unknown: OnUnknown
     asynchronous: bool
+    admitted: dict[tuple[type[Any], int], Handler] = field(default_factory=dict)
 
 
 class Run:
@@ -170,6 +175,7 @@ class Run:
         self.policy = policy
         self.definition = definition
         self.fence = fence
+        self.saga_id = fence.saga_id
         self.token = token
         self.name = name
         self.state = state
@@ -186,11 +192,6 @@ class Run:
         self._index = 0
         self.uuids = 0
         self.replay: dict[int, Step] = {}
-
-    @property
-    def saga_id(self) -> int:
-        """The saga's id."""
-        return self.fence.saga_id
 
     # What the steps say
 
@@ -210,8 +211,6 @@ class Run:
 
     def pivots(self) -> list[Step]:
         """The forward steps that cannot be undone, and succeeded or are in doubt: after them it only goes forward."""
-        if not self.policy.bus.has_pivots:
-            return []
         return [step for step in self.forward() if step.open and self._is_pivot(step)]
 
     def _is_pivot(self, step: Step) -> bool:
@@ -223,7 +222,7 @@ class Run:
     @property
     def reached_pivot(self) -> bool:
         """Whether a step that cannot be undone succeeded, or is in doubt."""
-        return bool(self.pivots())
+        return self.policy.bus.has_pivots and bool(self.pivots())
 
     def unknown_policy(self, handler: Handler) -> OnUnknown:
         """What becomes of a step of this handler that stays in doubt."""
@@ -263,7 +262,8 @@ class Run:
 
     def refuse_stopped(self, *, undoing: bool = False) -> None:
         """Raise why the saga may not go on, if it may not; that its time is up never stops an undo."""
-        if any(calling.fence == self.fence and not calling.over for calling in being_called.get()):
+        called = being_called.get()
+        if called and any(calling.fence == self.fence and not calling.over for calling in called):
             raise UnusableHandler(
                 f"the context of saga {self.saga_id}",
                 "a handler of the saga calls it, whose own step has not ended",

@@ -77,16 +77,21 @@ class Decided(Operation[None]):
 
     def run(self, db: Database) -> None:
         """Act; if nothing was changed, it was made before, or is refused."""
-        if self._acted(db):
-            return
+        values = self._values
+        statement = self._statement(db.sql.owned if self._owned else db.sql)
         for _ in range(TRIES):
+            values["at_"] = db.now()
+            if self.kind.locked:
+                changed = db.write_locked(statement, values, self.asked)
+            else:
+                changed = db.write(statement, values)
+            if changed == 1:
+                return
             refusal = self._refusal(db)
             if refusal is None:
                 return
             if not isinstance(refusal, Changed):
                 raise refusal
-            if self._acted(db):
-                return
         raise LogUnavailable(
             f"{self.asked} of {where(self.saga_id, self.step_index)}",
             "the row kept changing under it",
@@ -94,14 +99,6 @@ class Decided(Operation[None]):
             step_index=self.step_index,
             hint="Other processes work on the same saga; repeat it.",
         )
-
-    def _acted(self, db: Database) -> bool:
-        values = self._values
-        values["at_"] = db.now()
-        statement = self._statement(db.sql.owned if self._owned else db.sql)
-        if self.kind.locked:
-            return db.write_locked(statement, values, self.asked) == 1
-        return db.write(statement, values) == 1
 
     def _refusal(self, db: Database) -> SagaLogError | None:
         if not self._owned:

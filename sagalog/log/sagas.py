@@ -5,7 +5,7 @@ Each function checks its arguments and returns an `Operation`; see `guarded`.
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -283,4 +283,4 @@ def terminate(saga_id: int, outcome: SagaOutcome) -> Operation[None]:
 
 def new_token() -> str:
     """A saga's random token, from which its steps' idempotency keys derive."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
