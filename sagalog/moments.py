@@ -10,7 +10,8 @@ _MILLISECOND = timedelta(milliseconds=1)
 _LATEST = datetime.max.replace(tzinfo=UTC)
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 
-
+MOMENT = 0.01
+"""Seconds between two looks at what another thread is about to end."""
 _LONGEST = 10 * 365 * 24 * 3600
 """Seconds. What ends later is not meant to end, and would not fit into the tables' integers for long."""
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from sagalog import AsyncSagaLog, SagaLog, UnusableBind
 
@@ -159,16 +158,9 @@ def test_a_write_that_comes_while_a_file_is_closed_is_done_or_refused(sqlite_pat
     assert late == 3 or isinstance(late, UnusableBind)
 
 
-@pytest.mark.parametrize("road", ["file", "asyncpg"])
-def test_a_unit_of_work_that_is_cancelled_while_it_begins_holds_nothing(
-    sqlite_path: Path, road: str, request: pytest.FixtureRequest
-) -> None:
+def test_a_unit_of_work_that_is_cancelled_while_it_begins_holds_nothing(sqlite_path: Path) -> None:
     async def main() -> None:
-        engine = None
-        if road == "asyncpg":
-            url = request.getfixturevalue("postgres_url").replace("+psycopg", "+asyncpg")
-            engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=5)
-        log = AsyncSagaLog(engine) if engine is not None else await AsyncSagaLog.open(sqlite_path)
+        log = await AsyncSagaLog.open(sqlite_path)
         held: list[object] = []
 
         async def enters() -> None:
@@ -186,7 +178,5 @@ def test_a_unit_of_work_that_is_cancelled_while_it_begins_holds_nothing(
                 await task
             assert await asyncio.wait_for(log.create_saga("s", None), timeout=30) == turns
         await log.close()
-        if engine is not None:
-            await engine.dispose()
 
     asyncio.run(main())

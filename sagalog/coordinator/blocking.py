@@ -30,6 +30,7 @@ from sagalog.coordinator.worker import Worker
 from sagalog.errors import SagaLogError
 from sagalog.log.facade import SagaLog
 from sagalog.log.fencing import Fence
+from sagalog.moments import MOMENT
 from sagalog.records import SagaRecord
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 Input = TypeVar("Input")
 R = TypeVar("R")
-_MOMENT = 0.01
 
 
 class SagaCoordinator(Shell):
@@ -296,4 +296,4 @@ class SagaCoordinator(Shell):
         while not over:
             with suppress(BaseException):
                 over = active.get(fence.saga_id) is not fence or not running
-                time.sleep(0 if over else _MOMENT)
+                time.sleep(0 if over else MOMENT)

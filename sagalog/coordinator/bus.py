@@ -208,7 +208,7 @@ class CommandBus:
                 raise UnusableHandler(asked, "it has one already", hint="One command is undone in one way.")
             signature = resolved(function, names)
             refuse_generator(function, asked)
-            refuse_keyword_only(signature, asked)
+            refuse_keyword_only(signature.parameters.values(), asked)
             annotations = [parameter.annotation for parameter in signature.parameters.values()]
             if is_async(function):
                 raise UnusableHandler(asked, "it is async", hint="It only derives a command: write a plain def.")

@@ -121,8 +121,8 @@ def define(
     check_text(name, "saga's name", asked)
     signature = resolved(function, names)
     refuse_generator(function, asked)
-    refuse_keyword_only(signature, asked)
     parameters = list(signature.parameters.values())
+    refuse_keyword_only(parameters, asked)
     takes_input = len(parameters) == 2
     input_type = parameters[1].annotation if takes_input else NOT_SAID
     returns = NOT_SAID if never_returns(signature.return_annotation) else signature.return_annotation

@@ -6,7 +6,7 @@ import collections.abc
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -99,13 +99,13 @@ def refuse_generator(function: Callable[..., Any], asked: str) -> None:
         raise UnusableHandler(asked, "it yields, and nothing would run it", hint="Return what it yields.")
 
 
-def refuse_keyword_only(signature: inspect.Signature, asked: str) -> None:
+def refuse_keyword_only(parameters: Iterable[inspect.Parameter], asked: str) -> None:
     """A function is called by position.
 
     Raises:
         UnusableHandler: It could not be.
     """
-    for parameter in signature.parameters.values():
+    for parameter in parameters:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             raise UnusableHandler(
                 asked, f"its parameter {parameter.name!r} is keyword-only", hint="Take it by position."
@@ -162,10 +162,7 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
                 f"its parameter {parameter.name!r} comes after {passed_over!r}, which it is not given",
                 hint="Put what a handler is given first: the command, StepInfo, a Session.",
             )
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-            raise UnusableHandler(
-                name_of(function), f"its parameter {parameter.name!r} is keyword-only", hint="Take it by position."
-            )
+        refuse_keyword_only((parameter,), name_of(function))
     if cmd_type is None:
         raise UnusableHandler(name_of(function), "it takes no command", hint="Annotate its first parameter.")
     said = None if never_returns(signature.return_annotation) else signature.return_annotation

@@ -17,7 +17,7 @@ from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed, SagaLogError, 
 from sagalog.log import owning
 from sagalog.log.bind import is_closed
 from sagalog.log.fencing import Fence
-from sagalog.moments import is_seconds, is_wait
+from sagalog.moments import MOMENT, is_seconds, is_wait
 
 if TYPE_CHECKING:
     from sagalog.coordinator.awaiting import AsyncSagaCoordinator
@@ -27,7 +27,6 @@ _log = logging.getLogger("sagalog")
 
 
 _LONGEST_WAIT = 3600.0
-_MOMENT = 0.01
 _CANCELLED_WITHIN = 5.0
 """Seconds in which a task ends that was cancelled; one that does not is given up."""
 _ANSWERS_WITHIN = 5.0
@@ -212,7 +211,7 @@ class Worker:
         executor = self._slots.core.executor
         under_way = set(executor.coming)
         while under_way & executor.coming:
-            time.sleep(_MOMENT)  # a claim that is under way is decided first: it would be won without a lease
+            time.sleep(MOMENT)  # a claim that is under way is decided first: it would be won without a lease
         for saga_id in list(self._slots.busy):
             fence = self._slots.fence_of(saga_id)
             if fence is not None:
