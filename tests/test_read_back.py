@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import Enum, IntEnum, StrEnum
-from typing import Annotated, Any, Generic, Literal, NewType, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NewType, TypeVar
 
 import pytest
 from pydantic import (
@@ -22,7 +22,7 @@ from pydantic import (
     field_validator,
 )
 
-from sagalog import Command, CommandBus, PayloadError, Retry, SagaCoordinator, SagaFailed, SagaLog, UnusableHandler
+from sagalog import CommandBus, PayloadError, Retry, SagaCoordinator, SagaFailed, SagaLog
 from tests.coordinating import Killed, Stage
 
 T = TypeVar("T")
@@ -381,28 +381,6 @@ def test_an_input_that_does_not_fit_is_refused_before_anything_is_written(stage:
     assert stage.log.max_saga_id() == 0
 
 
-# Refused at registration
-
-
-class Alien:
-    """Nothing that Pydantic knows."""
-
-
-@pytest.mark.parametrize(
-    ("returns", "words"),
-    [
-        (Alien, "cannot be read back"),
-        (list[Alien], "cannot be read back"),
-        (Iterable[One], "can be read once"),
-        (One | list[One], "one event from a list"),
-    ],
-    ids=str,
-)
-def test_a_handler_whose_answer_the_log_could_not_give_back_is_refused(returns: Any, words: str) -> None:
-    with pytest.raises(UnusableHandler, match=words):
-        CommandBus().handler(pivot=True)(answering(None, returns))
-
-
 class Told(BaseModel):
     """Its secret is written in clear."""
 
@@ -512,19 +490,6 @@ def test_a_list_by_another_name_is_one(stage: Stage, returns: Any) -> None:
     assert answers == [both]
 
 
-def test_a_handler_that_never_returns_may_say_so() -> None:
-    bus = CommandBus()
-    bus.handler(pivot=True)(answering(None, NoReturn))
-    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
-
-        @coordinator.saga("never")
-        def never(ctx: Any) -> NoReturn:
-            raise ValueError("never")
-
-        with pytest.raises(SagaFailed, match="never"):
-            coordinator.run(never)
-
-
 def test_every_try_gets_the_command_as_it_is_in_the_log() -> None:
     seen: list[Any] = []
     bus = CommandBus()
@@ -540,62 +505,3 @@ def test_every_try_gets_the_command_as_it_is_in_the_log() -> None:
         coordinator.saga("sends")(lambda ctx: ctx.dispatch(Exact(number=1, more={"a": 1})))
         coordinator.run("sends")
     assert seen == [{"a": 1}] * 3
-
-
-class Mid(Command[T], Generic[T]):
-    """A base of the application's own."""
-
-
-class MidList(Command[list[T]], Generic[T]):
-    """Another."""
-
-
-class OfMid(Mid[One]):
-    """A command."""
-
-
-class OfList(MidList[One]):
-    """A command."""
-
-
-def test_a_generic_base_between_says_what_its_handler_returns() -> None:
-    def one(cmd: OfMid) -> One:
-        return One(number=1)
-
-    def several(cmd: OfList) -> list[One]:
-        return []
-
-    def wrong(cmd: OfMid) -> str:
-        return ""
-
-    CommandBus().handler(pivot=True)(one)
-    CommandBus().handler(pivot=True)(several)
-    with pytest.raises(UnusableHandler, match="OfMid says One"):
-        CommandBus().handler(pivot=True)(wrong)
-
-
-def test_functions_that_nothing_would_run_are_refused() -> None:
-    def yields(cmd: Ask) -> Any:
-        yield 1
-
-    async def ayields(cmd: Ask) -> Any:
-        yield 1
-
-    def by_keyword(cmd: Ask, *, output: Any = None) -> Any:
-        """Nothing."""
-
-    for function in (yields, ayields):
-        with pytest.raises(UnusableHandler, match="it yields"):
-            CommandBus().handler(pivot=True)(function)
-        with SagaLog.open_in_memory() as log, pytest.raises(UnusableHandler, match="it yields"):
-            SagaCoordinator(log, CommandBus()).saga("yields")(function)
-    with pytest.raises(UnusableHandler, match="keyword-only"):
-        CommandBus().compensation(Ask)(by_keyword)
-    with SagaLog.open_in_memory() as log, pytest.raises(UnusableHandler, match="keyword-only"):
-        SagaCoordinator(log, CommandBus()).saga("by keyword")(by_keyword)
-
-
-@pytest.mark.parametrize("named", ["Ask", None, answering, Ask()], ids=["a name", "None", "a function", "a command"])
-def test_a_compensation_of_no_class_is_refused(named: Any) -> None:
-    with pytest.raises(UnusableHandler, match="no command's class"):
-        CommandBus().compensation(named)
