@@ -26,6 +26,8 @@ def plain_check(kind: Any) -> Callable[[Any], bool]:
     Args:
         kind: An annotation.
     """
+    if kind is None:
+        return lambda value: value is None
     if kind in _SIMPLE:
         return lambda value: type(value) is kind
     if kind in _JSON and kind is not Any:

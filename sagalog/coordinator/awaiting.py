@@ -96,9 +96,11 @@ class AsyncSagaCoordinator(Shell):
         run_at: datetime | None = None,
     ) -> int:
         """See `SagaCoordinator.submit`; `session` is an AsyncSession or AsyncConnection."""
-        operation = self._core.submission(self._core.definition_of(saga), input, key, run_at)
-        bind = self.log._bind if session is None else AsyncSagaLog(session, **self._placement)._bind
-        return (await bind.perform(operation)).saga_id
+        definition = self._core.definition_of(saga)
+        if session is None:
+            return await adrive(self._core.submit(definition, input, key, run_at), self._perform)
+        log = AsyncSagaLog(session, **self._placement)
+        return (await log._bind.perform(self._core.submission(definition, input, key, run_at))).saga_id
 
     async def wait(self, saga_id: int, *, timeout: float | None = None) -> Any:  # noqa: ASYNC109 - as concurrent.futures
         """See `SagaCoordinator.wait`."""

@@ -140,9 +140,11 @@ class SagaCoordinator(Shell):
         Raises:
             KeyConflict: The key was used with another input.
         """
-        operation = self._core.submission(self._core.definition_of(saga), input, key, run_at)
-        bind = self.log._bind if session is None else SagaLog(session, **self._placement)._bind
-        return bind.perform(operation).saga_id
+        definition = self._core.definition_of(saga)
+        if session is None:
+            return drive(self._core.submit(definition, input, key, run_at), self._perform)
+        log = SagaLog(session, **self._placement)
+        return log._bind.perform(self._core.submission(definition, input, key, run_at)).saga_id
 
     def wait(self, saga_id: int, *, timeout: float | None = None) -> Any:
         """Wait for the result of a saga, whoever runs it.

@@ -7,7 +7,7 @@ from typing import Any
 
 from sagalog.coordinator.dispatching import check_callable, differs
 from sagalog.coordinator.run import Run, Step
-from sagalog.coordinator.unwind import DEFAULT_RETRY, begin_undo, undo_until_known
+from sagalog.coordinator.unwind import DEFAULT_RETRY, begin_undo, is_being_undone, reserve, undo_until_known
 from sagalog.errors import StepFailed, UnusableHandler
 from sagalog.states import StepState
 
@@ -20,7 +20,14 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
             undone; nothing was written.
         StepFailed: The undo was refused or stays in doubt.
     """
-    run.refuse_stopped(undoing=True)
+    call = run.begin_call(undoing=True)
+    try:
+        return await _undone(run, cmd, undoes)
+    finally:
+        run.end_call(call)
+
+
+async def _undone(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
     handler = run.policy.bus.handler_of(cmd)
     check_callable(run.policy, handler)
     if handler.on_unknown == "compensate":
@@ -35,8 +42,9 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
             f"the log holds step {index}, and the function undoes with {handler.name} before it asked for it again"
         )
         raise run.stop(differs(run, index, problem))
-    undone = _chosen(run, cmd, undoes)
-    undo, held = await begin_undo(run, handler, cmd, undone)
+    with run.reserving:
+        reserved = reserve(run, _chosen(run, cmd, undoes))
+    undo, held = await begin_undo(run, handler, cmd, reserved)
     try:
         return await undo_until_known(run, handler, undo, held, handler.retry or DEFAULT_RETRY)
     except StepFailed as failure:
@@ -48,7 +56,11 @@ async def compensate(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
 def _chosen(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> list[Step]:
     """The steps that a command undoes; each changed something, and can be undone."""
     asked = f"compensate with {type(cmd).__name__} in saga {run.saga_id}"
-    done = [step for step in run.forward() if step.state is StepState.SUCCEEDED and _changed_something(run, step)]
+    done = [
+        step
+        for step in run.forward()
+        if step.state is StepState.SUCCEEDED and _changed_something(run, step) and not is_being_undone(run, step)
+    ]
     chosen = done[:1] if undoes is None else _named(asked, done, undoes)
     if not chosen:
         raise UnusableHandler(asked, "no step is there to be undone", hint="Dispatch comes first.")

@@ -53,7 +53,7 @@ class Core:
     max_recoveries: int
     environment: str | None
     definitions: dict[str, Definition] = field(default_factory=dict)
-    _of_function: dict[Any, Definition] = field(default_factory=dict)
+    _of_function: dict[Any, list[Definition]] = field(default_factory=dict)
 
     # Definitions
 
@@ -68,7 +68,7 @@ class Core:
                 f"saga {definition.name!r}", "a saga of that name is registered already", hint="Give another name."
             )
         self.definitions[definition.name] = definition
-        self._of_function[definition.function] = definition
+        self._of_function.setdefault(definition.function, []).append(definition)
 
     def definition_of(self, saga: Callable[..., Any] | str) -> Definition:
         """The definition of a saga's function, or of a name.
@@ -76,14 +76,23 @@ class Core:
         Raises:
             UnusableHandler: It is not registered here.
         """
-        known: Any = self.definitions if isinstance(saga, str) else self._of_function
-        found: Definition | None = known.get(saga) if isinstance(saga, Hashable) else None
-        if found is None:
+        if isinstance(saga, str):
+            found = [self.definitions[saga]] if saga in self.definitions else []
+        else:
+            found = self._of_function.get(saga, []) if isinstance(saga, Hashable) else []
+        if len(found) > 1:
+            names = " and ".join(repr(definition.name) for definition in found)
+            raise UnusableHandler(
+                f"saga {found[0].function.__qualname__!r}",
+                f"it is registered as {names}",
+                hint="Give one of the names.",
+            )
+        if not found:
             shown = saga if isinstance(saga, str) else getattr(saga, "__qualname__", repr(saga))
             raise UnusableHandler(
                 f"saga {shown!r}", "it is not registered with this coordinator", hint='Use @coordinator.saga("name").'
             )
-        return found
+        return found[0]
 
     # Starting
 
@@ -110,6 +119,7 @@ class Core:
             executor_id=self.executor.executor_id,
             deadline_at=deadline,
             token=token,
+            same=definition.same_input(input),
         )
         try:
             begun = await self._taking(
@@ -197,12 +207,17 @@ class Core:
         except Exception:
             self.executor.strand(fence)
 
+    async def submit(self, definition: Definition, input: Any, key: str | None, run_at: datetime | None) -> int:
+        """Submit a saga in a transaction of its own."""
+        drawn = await _written(self.submission(definition, input, key, run_at))
+        return drawn.saga_id
+
     def submission(
         self, definition: Definition, input: Any, key: str | None, run_at: datetime | None
     ) -> Operation[Drawn]:
         """What submits a saga, in whichever transaction."""
         text = _input_text(definition, input, key)
-        definition.as_held(input, text, "submit")
+        input = definition.as_held(input, text, "submit")
         return owning.begin_saga(
             definition.name,
             text,
@@ -210,6 +225,7 @@ class Core:
             version=definition.version,
             executor_id=None,
             run_at=None if run_at is None else _moment(run_at, definition),
+            same=definition.same_input(input),
         )
 
     # Results

@@ -36,6 +36,7 @@ class Definition:
         input_type: The input's annotation, or `NOT_SAID`.
         takes_plainly: Tells of an input whether the log will surely give it back as it is.
         returns: The annotation of its result, or `NOT_SAID`.
+        answers_plainly: Tells of a result whether the log will surely give it back as it is.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Definition:
     input_type: Any
     takes_plainly: Callable[[Any], bool]
     returns: Any
+    answers_plainly: Callable[[Any], bool]
 
     def input_of(self, given: tuple[Any, ...]) -> Any:
         """The input that the function was to be called with.
@@ -76,18 +78,39 @@ class Definition:
         """
         if not self.takes_input and given is not None:
             self.input_of((given,))
-        if self.takes_input and self.input_type not in (NOT_SAID, Any) and not self.takes_plainly(given):
+        if not self.takes_input or self.input_type in (NOT_SAID, Any) or self.takes_plainly(given):
+            return given
+        return _had_back(self.input_type, given, text, f"{asked} of {self.name}", "input", "takes")
+
+    def same_input(self, given: Any) -> Callable[[str], bool]:
+        """Tells whether another text that the log holds is the same input: a set of strings looks otherwise elsewhere.
+
+        Args:
+            given: The input, as held.
+        """
+
+        def is_same(text: str) -> bool:
             try:
-                held = decode_as(self.input_type, text, "input", None)
+                return bool(self.read_input(text, 0) == given)
             except PayloadError:
-                raise PayloadError(
-                    f"{asked} of {self.name}",
-                    f"a {type(given).__name__} is no input of it",
-                    hint=f"It takes a {shown(self.input_type)}.",
-                ) from None
-            check_had_back(given, held, f"{asked} of {self.name}, the input")
-            return held
-        return given
+                return False
+
+        return is_same
+
+    def result_as_held(self, result: Any, text: str, saga_id: int) -> Any:
+        """A result as the log will give it back to whoever asks for it.
+
+        Args:
+            result: What the function returned.
+            text: What the log will hold of it.
+            saga_id: The saga.
+
+        Raises:
+            PayloadError: It does not fit the function's annotation.
+        """
+        if self.returns in (NOT_SAID, Any) or self.answers_plainly(result):
+            return result
+        return _had_back(self.returns, result, text, f"{self.name} (saga {saga_id})", "result", "returns")
 
     def read_input(self, text: str, saga_id: int) -> Any:
         """The input that the log holds, as the function takes it."""
@@ -100,6 +123,16 @@ class Definition:
         if self.returns in (NOT_SAID, Any) or text is None:
             return decode(text, "result_json", saga_id)
         return decode_as(self.returns, text, "result_json", saga_id)
+
+
+def _had_back(kind: Any, value: Any, text: str, asked: str, what: str, verb: str) -> Any:
+    try:
+        held = decode_as(kind, text, what, None)
+    except PayloadError:
+        problem = f"a {type(value).__name__} is no {what} of it"
+        raise PayloadError(asked, problem, found=type(value).__name__, hint=f"It {verb} a {shown(kind)}.") from None
+    check_had_back(value, held, f"{asked}, the {what}")
+    return held
 
 
 def define(
@@ -159,4 +192,5 @@ def define(
         input_type=input_type,
         takes_plainly=plain_check(input_type),
         returns=returns,
+        answers_plainly=plain_check(returns),
     )

@@ -14,6 +14,7 @@ from sagalog.coordinator.run import Policy, Run, Step, Stopped
 from sagalog.coordinator.signature import takes_none
 from sagalog.coordinator.trying import (
     Doubt,
+    Outcome,
     Refused,
     Succeeded,
     as_held,
@@ -74,19 +75,28 @@ def check_callable(policy: Policy, handler: Handler) -> None:
 
 async def dispatch(run: Run, cmd: Any) -> Any:
     """Do a command: write it, call its handler, write how it ended."""
-    run.refuse_stopped()
-    handler = admitted(run, cmd)
-    step, held, begun = _placed(run, handler, cmd)
-    if begun is not None:
-        await run.written(begun)
-        run.steps[step.index] = step
-    return await _ended(run, handler, step, held, begun=begun is not None)
+    call = run.begin_call()
+    try:
+        handler = admitted(run, cmd)
+        step, held, begun = _placed(run, handler, cmd)
+        if begun is not None:
+            await run.written(begun)
+            run.steps[step.index] = step
+        return await _ended(run, handler, step, held, begun=begun is not None)
+    finally:
+        run.end_call(call)
 
 
 async def dispatch_all(run: Run, commands: Iterable[Any]) -> list[Any]:
     """Do commands side by side; all are awaited, and then the failure of the first that failed is raised."""
-    run.refuse_stopped()
-    commands = list(commands)
+    call = run.begin_call()
+    try:
+        return await _together(run, list(commands))
+    finally:
+        run.end_call(call)
+
+
+async def _together(run: Run, commands: list[Any]) -> list[Any]:
     handlers = [admitted(run, cmd) for cmd in commands]
     placed = [_placed(run, handler, cmd) for handler, cmd in zip(handlers, commands, strict=True)]
     beginnings = [begun for _, _, begun in placed if begun is not None]
@@ -143,7 +153,9 @@ async def _ended(run: Run, handler: Handler, step: Step, cmd: Any, *, begun: boo
     if step.state is StepState.FAILED:
         raise failure_of_step(run, step, Refused(recorded_reason(run, step), None))
     try:
-        if begun:
+        if begun and run.over:
+            outcome: Outcome = await end_step(run, handler, step, Refused("the saga's function had ended", None))
+        elif begun:
             outcome = await tried(run, handler, step, cmd, retry_of(handler))
             if not isinstance(outcome, Doubt):
                 outcome = await end_step(run, handler, step, outcome)
@@ -228,7 +240,14 @@ async def record(run: Run, name: str, function: Callable[[], Any]) -> Any:
 
 
 async def _kept(run: Run, name: str, function: Callable[[], Any]) -> Any:
-    run.refuse_stopped()
+    call = run.begin_call()
+    try:
+        return await _recorded_once(run, name, function)
+    finally:
+        run.end_call(call)
+
+
+async def _recorded_once(run: Run, name: str, function: Callable[[], Any]) -> Any:
     index = run.take_index()
     recorded = _recorded(run, index, name, "null")
     if recorded is not None:

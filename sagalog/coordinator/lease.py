@@ -122,6 +122,10 @@ class Executor:
         """The handler is done."""
         self._watched.pop(ticket, None)
 
+    def holds(self, fence: Fence) -> bool:
+        """Whether this process works on a saga under this fence, and has not given it up."""
+        return self.active.get(fence.saga_id) is fence
+
     def strand(self, fence: Fence) -> None:
         """A saga that this process stopped working on, and could not give back."""
         with self._wake:
@@ -185,7 +189,7 @@ class Executor:
                 done = self._attempt(apart, operation, f"saga {fence.saga_id} could not be given up")
                 if done is None:
                     self._watched[ticket] = (now + 1.0, fence, step_index, settle)
-                elif done and self.active.get(fence.saga_id) is fence:
+                elif done and self.holds(fence):
                     del self.active[fence.saga_id]
                     self.given_up.add(fence)
 

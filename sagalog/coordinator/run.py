@@ -6,7 +6,8 @@ The flows of this package do no I/O: they await effects.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
@@ -26,7 +27,7 @@ from sagalog.log import fencing, owning
 from sagalog.log.database import Operation
 from sagalog.log.fencing import Fence
 from sagalog.log.reading import StoredStep
-from sagalog.moments import now_ms
+from sagalog.moments import MOMENT, now_ms
 from sagalog.payload import printable
 from sagalog.states import SagaState, StepState
 
@@ -135,12 +136,14 @@ class Policy:
     """A coordinator's settings that its flows read.
 
     Attributes:
+        is_held: Whether this process still works on a saga under a fence, and has not given it up.
         admitted: The handlers that were found to be fit for a forward command, at a revision of the bus.
     """
 
     bus: CommandBus
     on_unknown: OnUnknown
     asynchronous: bool
+    is_held: Callable[[Fence], bool]
     admitted: dict[tuple[type[Any], int], Handler] = field(default_factory=dict)
 
 
@@ -156,6 +159,9 @@ class Run:
         reached_pivot: Whether it only goes forward.
         unsure: Whether the log may hold what this process does not know of: a write was cut off.
         interrupted: Whether its process is about to stop working on it: nothing is tried again.
+        over: Whether its function has ended: nothing is begun any more.
+        calls: The calls of its context that are under way.
+        reserving: Held while a step's index, or what an undo by hand undoes, is chosen.
     """
 
     def __init__(
@@ -187,6 +193,8 @@ class Run:
         self.unsure = False
         self.interrupted = False
         self.over = False
+        self.calls: set[object] = set()
+        self.reserving = threading.RLock()
         self._pid = os.getpid()
         self._held: list[Operation[None]] = []
         self._index = 0
@@ -238,13 +246,15 @@ class Run:
 
     def take_index(self) -> int:
         """The next step's index."""
-        index, self._index = self._index, self._index + 1
+        with self.reserving:
+            index, self._index = self._index, self._index + 1
         return index
 
     def take_undo_index(self) -> int:
         """An index that no row has, after all of them."""
-        index = max([self._index - 1, *self.steps]) + 1
-        self._index = index + 1
+        with self.reserving:
+            index = max([self._index - 1, *self.steps]) + 1
+            self._index = index + 1
         return index
 
     def begin_replay(self) -> None:
@@ -259,6 +269,30 @@ class Run:
         if self.stopped is None or (isinstance(error, lost) and not isinstance(self.stopped, lost)):
             self.stopped = error
         return self.stopped
+
+    def begin_call(self, *, undoing: bool = False) -> object:
+        """A call of the context begins, unless the saga may not go on; see `refuse_stopped`.
+
+        Returns:
+            What `end_call` wants, once it is over.
+        """
+        call = object()
+        self.calls.add(call)  # before the look at `over`: whoever sets that looks at the calls afterwards
+        try:
+            self.refuse_stopped(undoing=undoing)
+        except BaseException:
+            self.end_call(call)
+            raise
+        return call
+
+    def end_call(self, call: object) -> None:
+        """A call of the context is over."""
+        self.calls.discard(call)
+
+    async def let_calls_end(self) -> None:
+        """Wait for the calls of the context that outlive its function: what is under way is not undone meanwhile."""
+        while self.calls and self.policy.is_held(self.fence):
+            await Sleep(MOMENT)
 
     def refuse_stopped(self, *, undoing: bool = False) -> None:
         """Raise why the saga may not go on, if it may not; that its time is up never stops an undo."""

@@ -9,7 +9,7 @@ from sagalog.coordinator.dispatching import differs
 from sagalog.coordinator.effects import Effect
 from sagalog.coordinator.run import Run
 from sagalog.coordinator.unwind import End, unwind, why
-from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed
+from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed, UnusableHandler
 from sagalog.log import owning
 from sagalog.payload import encode
 from sagalog.states import SagaState
@@ -55,10 +55,18 @@ async def execute(run: Run, definition: Definition, input: Any) -> Any:
     try:
         result = await CallSaga(definition, run, input)
         run.refuse_stopped()
+        run.over = True
+        if run.calls:
+            raise UnusableHandler(
+                f"saga {run.saga_id} ({run.name})",
+                "its function returned while a call of its context was under way",
+                hint="Await each call, and join the threads that make them, before it returns.",
+            )
         if run.replay:
             index = min(run.replay)
             raise run.stop(differs(run, index, f"the log holds step {index}, which the function did not ask for again"))
         text = encode(result, f"the result of {run.name}", run.saga_id)
+        result = definition.result_as_held(result, text, run.saga_id)
         await run.written(owning.complete(run.fence, text, cancellable=not run.reached_pivot))
         run.state = SagaState.COMPLETED
         return result
@@ -68,6 +76,7 @@ async def execute(run: Run, definition: Definition, input: Any) -> Any:
         run.over = True
     if isinstance(cause, LeaseLost | LogUnavailable) and cause is run.stopped:
         raise cause
+    await run.let_calls_end()
     end = await unwind(run, why(cause))
     if end.state is SagaState.COMPLETED:
         return result  # only the answer of its last write was lost

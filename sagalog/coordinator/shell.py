@@ -59,7 +59,7 @@ class Shell:
         self._transactions = Transactions(bind)
         executor = Executor(lease, label, lambda: apart_of(bind))
         self._core = TakingCore(
-            Policy(bus, on_unknown, self._asynchronous),
+            Policy(bus, on_unknown, self._asynchronous, executor.holds),
             executor,
             on_crash=on_crash,
             max_recoveries=max_recoveries,

@@ -22,7 +22,7 @@ from sagalog.coordinator.recover import (
 from sagalog.coordinator.run import Run
 from sagalog.coordinator.saga import execute
 from sagalog.errors import LeaseLost, LogUnavailable, PayloadError
-from sagalog.log import claiming, owning, reading, reopening
+from sagalog.log import claiming, reading, reopening
 from sagalog.log.claiming import Candidate
 from sagalog.log.database import Operation
 from sagalog.log.faults import LOCK_HELD
@@ -99,10 +99,10 @@ class TakingCore(Core):
         )
         target = forward_or_back(recovery, record)
         refuse_unknown(recovery, record)
-        epoch = await Write(reopening.reopen(saga_id, target, note=note, actor=actor, again=again))
-        seen = Candidate(saga_id, epoch, record.name)
-        fence = Fence(saga_id, epoch + 1)
-        if await self.claimed(claiming.claim(seen, self.executor.executor_id, adopt=False), fence):
+        seen = Candidate(saga_id, record.epoch or 0, record.name)
+        fence = Fence(saga_id, seen.epoch + 1)
+        reopened = reopening.reopen(seen, target, self.executor.executor_id, note=note, actor=actor, again=again)
+        if await self.claimed(reopened, fence):
             end = await self.owning(fence, finish_claimed, recovery, fence)
             if end is not None and end.waits is not None:
                 _log.warning("saga %s (%s) waits: %s; recover() goes on with it", saga_id, record.name, end.waits)
@@ -186,17 +186,22 @@ class TakingCore(Core):
         if now >= self._look_back_at:
             # However many are submitted, some of what was left is undone as well.
             self._look_back_at = now + _LOOK_BACK_MS
-            left = await self._left_over(now, free, busy)
+            left = await self._left_over(free, busy)
             reserved = min(len(left), max(1, free // 2))
         submitted = _some(await self._submitted(free - reserved, busy), free - reserved)
         jobs = [Job(seen, submitted=True) for seen in submitted]
         if left is None and len(jobs) < free:
-            left = await self._left_over(now, free - len(jobs), busy)
+            left = await self._left_over(free - len(jobs), busy)
         return jobs + (left or [])[: free - len(jobs)]
 
-    async def _left_over(self, now: int, most: int, busy: Set[int]) -> list[Job]:
+    def _paused(self) -> set[int]:
+        """The sagas that a worker leaves alone for now."""
+        now = now_ms()
         self._pauses = {saga_id: until for saga_id, until in self._pauses.items() if until > now}
-        passed = busy | self._pauses.keys()
+        return set(self._pauses)
+
+    async def _left_over(self, most: int, busy: Set[int]) -> list[Job]:
+        passed = self._paused() | busy
         page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most * _FAIRNESS)
         while full and not page:
             page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most * _FAIRNESS)
@@ -204,10 +209,11 @@ class TakingCore(Core):
 
     async def _submitted(self, free: int, busy: Set[int]) -> list[Candidate]:
         """Submitted sagas that this process knows, however many stand before them that it does not."""
-        limit = free * _FAIRNESS + len(busy)
+        passed = self._paused() | busy
+        limit = free * _FAIRNESS + len(passed)
         while True:
             found = await Write(claiming.submitted(limit))
-            known = [seen for seen in found if seen.name in self.definitions and seen.saga_id not in busy]
+            known = [seen for seen in found if seen.name in self.definitions and seen.saga_id not in passed]
             if len(known) >= free or len(found) < limit:
                 return known
             limit *= _FAIRNESS
@@ -227,22 +233,36 @@ class TakingCore(Core):
     async def start_submitted(self, seen: Candidate, wanted: Callable[[], bool]) -> Any:
         """Claim a submitted saga and run it; None if another process was faster."""
         definition = self.definitions[seen.name]
+        record = await Write(reading.stored(seen.saga_id, "run"))
+        try:
+            input = self._input_of_submitted(definition, record)
+        except PayloadError as error:
+            # A process of the version that submitted it can run it.
+            _log.warning("saga %s (%s) stays submitted: %s", seen.saga_id, seen.name, error)
+            self._pauses[seen.saga_id] = now_ms() + _LONGEST_PAUSE_MS
+            return None
         deadline = deadline_of(definition)
         fence = Fence(seen.saga_id, seen.epoch + 1)
-        claim = claiming.claim_submitted(seen, self.executor.executor_id, deadline)
+        claim = claiming.claim_submitted(seen, self.executor.executor_id, definition.version, deadline)
         if not await self._wins(claim, fence, wanted):
             return None
-        return await self.owning(fence, self._run_claimed, fence, definition, deadline)
-
-    async def _run_claimed(self, fence: Fence, definition: Definition, deadline: int | None) -> Any:
-        record = await Write(reading.stored(fence.saga_id, "run"))
         run = Run(self.policy, definition, fence, record.token or "", name=definition.name, deadline_at=deadline)
-        try:
-            input = definition.read_input(record.input_json, fence.saga_id)
-        except PayloadError as error:
-            await run.written(owning.compensated(fence, f"its input cannot be read: {error}"))
-            raise
-        return await execute(run, definition, input)
+        return await self.owning(fence, execute, run, definition, input)
+
+    def _input_of_submitted(self, definition: Definition, record: reading.Stored) -> Any:
+        """The input of a submitted saga.
+
+        Raises:
+            PayloadError: This process must not run it: a later version submitted it, or its input cannot be read here.
+        """
+        if (record.version or 0) > definition.version:
+            raise PayloadError(
+                f"run of saga {record.saga_id}",
+                f"version {record.version} of it was submitted, and this process has version {definition.version}",
+                saga_id=record.saga_id,
+                hint="A process of that version runs it.",
+            )
+        return definition.read_input(record.input_json, record.saga_id)
 
 
 def _some(page: list[Candidate], most: int) -> list[Candidate]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
@@ -234,7 +234,7 @@ async def _undo(run: Run, step: Step) -> None:
     except UnusableHandler as error:
         raise Unknown(f"no handler here takes {type(cmd).__name__}, which undoes step {step.index}") from error
     _check_callable(run, undo_handler)
-    undo, held = await begin_undo(run, undo_handler, cmd, [step])
+    undo, held = await begin_undo(run, undo_handler, cmd, reserve(run, [step]))
     await _finish(run, undo_handler, undo, held, again=False)
 
 
@@ -286,21 +286,50 @@ def _derived(run: Run, handler: Handler, step: Step) -> Any:
     return derived
 
 
-async def begin_undo(run: Run, handler: Handler, cmd: Any, undone: Sequence[Step]) -> tuple[Step, Any]:
+def is_being_undone(run: Run, step: Step) -> bool:
+    """Whether an undo of a step is about to begin, or has begun and did not end without effect."""
+    return step.compensated_by is not None and (step.compensated_by not in run.steps or _undo_of(run, step) is not None)
+
+
+class Reserved(NamedTuple):
+    """An undo's index, and the steps that nobody else undoes meanwhile, each with the row that undid it in vain."""
+
+    row: int
+    undone: list[tuple[Step, int | None]]
+
+
+def reserve(run: Run, undone: Sequence[Step]) -> Reserved:
+    """Take the steps for an undo that is about to begin."""
+    reserved = Reserved(run.take_undo_index(), [(step, step.compensated_by) for step in undone])
+    for step in undone:
+        step.compensated_by = reserved.row
+    return reserved
+
+
+async def begin_undo(run: Run, handler: Handler, cmd: Any, reserved: Reserved) -> tuple[Step, Any]:
     """Write the row of an undo, and link the steps that it undoes to it.
+
+    Args:
+        run: The saga.
+        handler: Of the command that undoes.
+        cmd: That command.
+        reserved: From `reserve`.
 
     Returns:
         The row, and the command as the log holds it.
     """
-    index = run.take_undo_index()
-    text, held = as_held(run, handler, cmd, index, f"compensate with {handler.name}")
-    began = now_ms()
-    due = due_of(handler, began)
-    indexes = tuple(step.index for step in undone)
-    await run.written(owned_steps.begin_undo(run.fence, index, handler.name, text, due, indexes))
+    index = reserved.row
+    try:
+        text, held = as_held(run, handler, cmd, index, f"compensate with {handler.name}")
+        began = now_ms()
+        due = due_of(handler, began)
+        indexes = tuple(step.index for step, _ in reserved.undone)
+        await run.written(owned_steps.begin_undo(run.fence, index, handler.name, text, due, indexes))
+    except BaseException:
+        for step, before in reserved.undone:
+            step.compensated_by = before
+        raise
     undo = run.steps[index] = Step(index, handler.name, text, StepState.PENDING, began, due)
-    for step in undone:
-        step.compensated_by = index
     return undo, held
 
 

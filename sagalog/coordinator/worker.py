@@ -47,7 +47,7 @@ class _Slots:
     """What a worker is doing, and how it looks for more."""
 
     def __init__(self, core: TakingCore, concurrency: int, poll: float) -> None:
-        if not isinstance(concurrency, int) or concurrency < 1 or not is_seconds(poll):
+        if type(concurrency) is not int or concurrency < 1 or not is_seconds(poll):
             raise UnusableHandler(
                 "worker",
                 f"concurrency={concurrency!r}, poll={poll!r}",
@@ -141,6 +141,7 @@ class Worker:
         self._told = False
         self._pid = 0
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
         self._listener: Listener | None = None
 
     def start(self) -> None:
@@ -149,8 +150,11 @@ class Worker:
         Raises:
             WrongEnvironment: The log belongs to another environment.
         """
-        if self._thread is not None and self._pid == os.getpid():
-            return
+        with self._starting:
+            if self._thread is None or self._pid != os.getpid():
+                self._start()
+
+    def _start(self) -> None:
         drive(self._slots.core.check_environment(), self._coordinator._perform)
         self._pid = os.getpid()
         self._slots.busy.clear()
@@ -277,12 +281,16 @@ class AsyncWorker:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._looking: asyncio.Task[None] | None = None
+        self._starting = asyncio.Lock()
         self._listening: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """See `Worker.start`."""
-        if self._looking is not None:
-            return
+        async with self._starting:
+            if self._looking is None:
+                await self._start()
+
+    async def _start(self) -> None:
         await adrive(self._slots.core.check_environment(), self._coordinator._perform)
         stopping = self._slots.begin()
         self._wake = asyncio.Event()

@@ -88,11 +88,24 @@ def submitted(limit: int) -> Operation[list[Candidate]]:
     return Call("submitted", Kind.READ, run)
 
 
-def claim_submitted(seen: Candidate, executor_id: str, deadline_at: int | None) -> Operation[bool]:
-    """Start a submitted saga, unless somebody else did."""
+def claim_submitted(seen: Candidate, executor_id: str, version: int, deadline_at: int | None) -> Operation[bool]:
+    """Start a submitted saga, unless somebody else did.
+
+    Args:
+        seen: The saga.
+        executor_id: Who starts it.
+        version: Of the definition that runs it, whichever submitted it.
+        deadline_at: After it the saga is undone; Unix milliseconds.
+    """
 
     def run(db: Database) -> bool:
-        values = {"id_": seen.saga_id, "epoch_": seen.epoch, "executor_": executor_id, "deadline_": deadline_at}
+        values = {
+            "id_": seen.saga_id,
+            "epoch_": seen.epoch,
+            "executor_": executor_id,
+            "version_": version,
+            "deadline_": deadline_at,
+        }
         return db.write_unless_locked(db.sql.executors.claim_submitted, values) == 1
 
     return Call("claim", Kind.WRITE, run, seen.saga_id)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, TwoPhaseTransaction
 from sqlalchemy.engine import Dialect
 
 from sagalog.errors import SagaLogError, UnusableBind
@@ -126,6 +126,7 @@ class Database(Protocol):
 
     sql: Statements
     on_postgres: bool
+    may_notify: bool
     writes: int
 
     def write(self, statement: Statement, values: dict[str, Any]) -> int:
@@ -168,6 +169,8 @@ class CoreDatabase:
     def __init__(self, connection: Connection, sql: Statements) -> None:
         self.sql = sql
         self.on_postgres = connection.dialect.name == "postgresql"
+        # A transaction that is prepared cannot have notified anybody.
+        self.may_notify = self.on_postgres and not isinstance(connection.get_transaction(), TwoPhaseTransaction)
         self.writes = 0
         self._execute = connection.execute
 
@@ -202,6 +205,7 @@ class CursorDatabase:
     """Over a SQLite driver's own cursor, with ready SQL text: a third of the way through Core."""
 
     on_postgres = False
+    may_notify = False
 
     def __init__(self, cursor: Any, sql: Statements) -> None:
         self.sql = sql
@@ -239,6 +243,7 @@ class PostgresCursorDatabase(CursorDatabase):
     """The same over a Postgres driver's, in a transaction that somebody else began."""
 
     on_postgres = True
+    may_notify = True
 
     def __init__(self, cursor: Any, sql: Statements, dialect: Dialect) -> None:
         super().__init__(cursor, sql)

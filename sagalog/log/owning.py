@@ -6,7 +6,7 @@ under one's own epoch, is one's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sagalog.log.database import Call, Database, Kind, Operation
@@ -39,6 +39,7 @@ def begin_saga(
     deadline_at: int | None = None,
     run_at: int | None = None,
     token: str | None = None,
+    same: Callable[[str], bool] | None = None,
 ) -> Operation[Drawn]:
     """Create a saga that runs under an executor, or, without one, is submitted; or find the one of the key.
 
@@ -51,6 +52,7 @@ def begin_saga(
         deadline_at: After it the saga is undone; Unix milliseconds.
         run_at: A submitted saga is not started before; Unix milliseconds.
         token: Random; one is made if none is given.
+        same: Whether an input that the log holds under the key, and that is another text, is this one.
 
     Raises:
         KeyConflict: The key was used with another input.
@@ -68,13 +70,13 @@ def begin_saga(
         "run_at_": run_at,
         "deadline_": deadline_at,
     }
-    new = NewSaga(asked, values, _owned_statements)
+    new = NewSaga(asked, values, _owned_statements, same)
     if executor_id is not None:
         return Call(asked, Kind.WRITE, new.drawn)
 
     def run(db: Database) -> Drawn:
         drawn = new.drawn(db)
-        if db.on_postgres and drawn.created:
+        if db.may_notify and drawn.created:
             db.fetch(db.sql.executors.notify, channel_=db.sql.executors.channel)
         return drawn
 

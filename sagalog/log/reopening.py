@@ -5,39 +5,42 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sagalog.errors import InvalidTransition
+from sagalog.log.claiming import Candidate
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.fencing import head_of
 from sagalog.log.operating import check_signed, write_audit
-from sagalog.payload import check_saga_id, printable
+from sagalog.log.sagas import new_token
+from sagalog.payload import printable
 from sagalog.states import SagaState, StepState
 
 BATCH = 200
 
 
-def reopen(saga_id: int, target: SagaState, *, note: str, actor: str, again: bool) -> Operation[int]:
-    """Give a saga that needs a person back to recovery.
+def reopen(
+    seen: Candidate, target: SagaState, executor_id: str, *, note: str, actor: str, again: bool
+) -> Operation[bool]:
+    """Take a saga that needs a person over, to bring it to an end.
 
     Args:
-        saga_id: The saga, in failed_compensation.
+        seen: The saga, in failed_compensation.
         target: running, to go forward, or compensating, to be undone.
+        executor_id: Who takes it: in the same statement, for any other process would recover it as it does others.
         note: Why; it stays in the audit.
         actor: Who says so.
         again: Whether a step in doubt may be sent again under its key.
 
     Returns:
-        The saga's new epoch.
+        True: its epoch is one higher.
 
     Raises:
         SagaNotFound: No such saga.
         InvalidTransition: It is in another state, or a step is in doubt.
     """
-    asked = "retry"
-    check_saga_id(saga_id, asked)
+    asked, saga_id, token = "retry", seen.saga_id, new_token()
     check_signed(note, actor, asked, saga_id)
 
-    def run(db: Database) -> int:
-        head = head_of(db, asked, saga_id)
-        found, epoch = str(head[1]), int(head[2] or 0)
+    def run(db: Database) -> bool:
+        found = str(head_of(db, asked, saga_id)[1])
         pending = [i for i, s in db.fetch(db.sql.outstanding_steps, id_=saga_id) if s == StepState.PENDING]
         if found == SagaState.FAILED_COMPENSATION and pending and not again:
             raise InvalidTransition(
@@ -49,7 +52,8 @@ def reopen(saga_id: int, target: SagaState, *, note: str, actor: str, again: boo
                 hint=f"Find out what became of it, and say so: sagalog resolve-step {saga_id} {pending[0]}. "
                 "Or send it again under its key: --again.",
             )
-        if db.write(db.sql.owned.reopen(target), {"id_": saga_id, "epoch_": epoch}) != 1:
+        values = {"id_": saga_id, "epoch_": seen.epoch, "executor_": executor_id, "token_": token}
+        if db.write(db.sql.owned.reopen(target), values) != 1:
             problem = f"the saga is {found!r}, and only one in 'failed_compensation' is tried again"
             if found == SagaState.FAILED_COMPENSATION:  # as read, before the write waited for somebody else's
                 found = str(head_of(db, asked, saga_id)[1])
@@ -62,7 +66,7 @@ def reopen(saga_id: int, target: SagaState, *, note: str, actor: str, again: boo
                 hint="recover() owns what is failed; what has ended stays.",
             )
         write_audit(db, asked, saga_id, None, note, actor, found, target)
-        return epoch + 1
+        return True
 
     return Call(asked, Kind.SEVERAL, run, saga_id)
 

@@ -91,10 +91,17 @@ class Drawn(NamedTuple):
 class NewSaga:
     """Draws an id and inserts; what is run again after a lost answer finds its own row by its random token."""
 
-    def __init__(self, asked: str, values: dict[str, Any], sql: Callable[[Database], SagaStatements]) -> None:
+    def __init__(
+        self,
+        asked: str,
+        values: dict[str, Any],
+        sql: Callable[[Database], SagaStatements],
+        same: Callable[[str], bool] | None = None,
+    ) -> None:
         self._asked = asked
         self._values = values
         self._sql = sql
+        self._same = same
         self._sent = False
 
     def id_of(self, db: Database) -> int:
@@ -122,11 +129,16 @@ class NewSaga:
                 return Drawn(made[0][0], created=True)
             if values["key_"] is not None:
                 for found in db.fetch(db.sql.saga_of_key, name_=values["name_"], key_=values["key_"]):
-                    if found[1] == values["input_"] or same_json(found[1], values["input_"]):
+                    if self._is_same(found[1]):
                         return Drawn(found[0], created=found[3] == values["token_"])
                     raise KeyConflict(values["name_"], found[0], found[2])
             self._move_ids_on(db)
         raise LogUnavailable(self._asked, "other processes took every id it drew", hint="Repeat it.")
+
+    def _is_same(self, held: str) -> bool:
+        """Whether the input of the key's saga is this one."""
+        mine: str = self._values["input_"]
+        return held == mine or same_json(held, mine) or (self._same is not None and self._same(held))
 
     def _move_ids_on(self, db: Database) -> None:
         if db.fetch(db.sql.highest_id)[0][0] >= MAX_SAGA_ID:

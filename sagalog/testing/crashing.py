@@ -34,6 +34,10 @@ class Stopped(BaseException):
     """The process is dead here. Not an Exception, so that no handler or saga catches it by accident."""
 
 
+class StoppedThread(Stopped, SystemExit):
+    """It is dead in each of its threads; one of a worker's ends without a word."""
+
+
 @dataclass
 class Crash:
     """One run of a saga, stopped at one point, and what recovery made of it.
@@ -95,6 +99,8 @@ class _Life:
     def __call__(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Any]) -> Any:
         label = _label(effect)
         if label is None:
+            if self._dead:
+                raise StoppedThread
             return answer(effect)
         self._pass(f"before {label}")
         given = answer(effect)
@@ -107,6 +113,8 @@ class _Life:
         """The same for an async coordinator."""
         label = _label(effect)
         if label is None:
+            if self._dead:
+                raise Stopped
             return await answer(effect)
         await self._apass(f"before {label}")
         given = await answer(effect)
@@ -267,7 +275,7 @@ class CrashPoints:
             result.append(self._start(coordinator))
         except Stopped:
             pass
-        except Exception as error:
+        except BaseException as error:  # what ends a test is raised by whoever runs it, see `_crash`
             result.append(error)
         finally:
             life.asleep.set()
@@ -355,6 +363,8 @@ def _crash(
     sagas: list[SagaRecord],
     result: list[object],
 ) -> Crash:
+    if result and isinstance(result[0], BaseException) and not isinstance(result[0], Exception):
+        raise result[0]
     named = tuple(point for point in points if point is not None)
     return Crash(named, stops[: len(named)], log, coordinator, reports, sagas, result[0] if result else None)
 

@@ -134,6 +134,7 @@ class ExecutorStatements(Tables):
                 state=literal(SagaState.RUNNING),
                 executor_id=bind("executor_"),
                 epoch=c.epoch + literal_column("1"),
+                version=bind("version_"),
                 deadline_at=bind("deadline_"),
             )
         )

@@ -162,13 +162,14 @@ class OwnedStatements(SagaStatements, StepStatements):
 
     @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
     def reopen(self, target: SagaState) -> Statement:
-        """A saga that needs a person is given back to recovery."""
+        """A saga that needs a person is taken over; that is the first take-over, however many there were."""
         moved = self._move_saga(
             target,
             Actor.RETRY,
-            executor_id=null(),
+            executor_id=bind("executor_"),
             epoch=self.saga.c.epoch + literal_column("1"),
-            recoveries=literal_column("0"),
+            recoveries=literal_column("1"),
+            token=func.coalesce(self.saga.c.token, bind("token_")),
             terminal_at=null(),
         )
         return Statement(moved)
