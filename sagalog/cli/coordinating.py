@@ -144,9 +144,9 @@ def worker(
     end.
     """
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with _coordinator(context) as call:
+        for number in (signal.SIGINT, signal.SIGTERM):  # not before: an application that hangs could not be stopped
+            signal.signal(number, lambda *_: stop.set())
 
         def begin(coordinator: Any) -> Any:
             made = coordinator.worker(concurrency=concurrency, poll=poll)
@@ -234,7 +234,10 @@ def _mermaid(edges: "Counter[tuple[str, str, str]]") -> Iterator[str]:
 @contextmanager
 def _coordinator(context: typer.Context) -> Iterator[Callable[[Callable[[Any], Any]], Any]]:
     """The application's coordinator, as something that calls a function of it, sync or async, to its end."""
-    app = settings_of(context).app
+    settings = settings_of(context)
+    app = settings.app
+    if any(option == "--url" for option, _ in settings.typed):
+        raise bad_usage("--url says nothing here: the coordinator of --app works on its own log. Leave --url out.")
     found = _loaded(app)
     with asyncio.Runner() as runner:
 

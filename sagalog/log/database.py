@@ -158,6 +158,10 @@ class Database(Protocol):
         """Run a statement that returns rows; all of them."""
         ...
 
+    def fetch_unless_locked(self, statement: Statement, values: dict[str, Any]) -> Rows:
+        """The same of a write, that gives up as `write_unless_locked` does: another transaction may hold its key."""
+        ...
+
     def now(self) -> int:
         """The moment to be written, in Unix milliseconds."""
         ...
@@ -193,6 +197,10 @@ class CoreDatabase:
     def fetch(self, statement: Statement, **values: Any) -> Rows:
         """See `Database`."""
         return self._execute(statement.clause, values).fetchall()
+
+    def fetch_unless_locked(self, statement: Statement, values: dict[str, Any]) -> Rows:
+        """See `Database`; how long a caller's transaction waits is the caller's to say."""
+        return self.fetch(statement, **values)
 
     now = staticmethod(now_ms)
 
@@ -235,6 +243,10 @@ class CursorDatabase:
         self._cursor.execute(text, order(values))
         rows: Rows = self._cursor.fetchall()
         return rows
+
+    def fetch_unless_locked(self, statement: Statement, values: dict[str, Any]) -> Rows:
+        """See `Database`."""
+        return self.fetch(statement, **values)
 
     now = staticmethod(now_ms)
 
@@ -279,6 +291,11 @@ class PostgresCursorDatabase(CursorDatabase):
         rows: Rows = self._cursor.fetchall()
         return rows
 
+    def fetch_unless_locked(self, statement: Statement, values: dict[str, Any]) -> Rows:
+        """See `Database`."""
+        self._cursor.execute(LOCK_TIMEOUT)
+        return self.fetch(statement, **values)
+
 
 class AutocommitDatabase(PostgresCursorDatabase):
     """The same in autocommit: each statement is a transaction of its own, and so is `write_locked`.
@@ -299,20 +316,28 @@ class AutocommitDatabase(PostgresCursorDatabase):
     def write_locked(self, statement: Statement, values: dict[str, Any], asked: str) -> int:
         """See `Database`."""
         text, order = self.sql.lock_saga.ready(self._dialect)
-        return self._write_after(text, order(values), statement, values)
+        self._send_after(text, order(values), statement, values)
+        return self._changed()
 
     def write_unless_locked(self, statement: Statement, values: dict[str, Any]) -> int:
         """See `Database`."""
-        return self._write_after(LOCK_TIMEOUT, None, statement, values)
+        self._send_after(LOCK_TIMEOUT, None, statement, values)
+        return self._changed()
 
-    def _write_after(self, first: str, given: Any, statement: Statement, values: dict[str, Any]) -> int:
+    def fetch_unless_locked(self, statement: Statement, values: dict[str, Any]) -> Rows:
+        """See `Database`."""
+        self._send_after(LOCK_TIMEOUT, None, statement, values)
+        rows: Rows = self._cursor.fetchall()
+        return rows
+
+    def _send_after(self, first: str, given: Any, statement: Statement, values: dict[str, Any]) -> None:
+        """Send a statement after another one, in a transaction of the two."""
         spare = self._spare
         with self._in_one_round_trip():
             spare.execute(BEGIN)
             spare.execute(first, given)
             self._send(statement, values)
             spare.execute("COMMIT")
-        return self._changed()
 
     @contextmanager
     def transaction(self) -> Iterator[PostgresCursorDatabase]:

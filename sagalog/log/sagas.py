@@ -123,7 +123,9 @@ class NewSaga:
         sql = self._sql(db)
         statement = sql.create_saga_postgres if db.on_postgres else sql.create_saga_sqlite
         for _ in range(TRIES):
-            made = db.fetch(statement, **values, at_=db.now())
+            values["at_"] = db.now()
+            keyed = values["key_"] is not None  # which a transaction that is open may hold
+            made = db.fetch_unless_locked(statement, values) if keyed else db.fetch(statement, **values)
             if made:
                 db.writes += 1
                 return Drawn(made[0][0], created=True)

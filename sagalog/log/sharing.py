@@ -251,6 +251,10 @@ class _AskedDatabase(PostgresCursorDatabase):
         """See `Database`; what is carried waits for no lock that long."""
         return self.write(statement, values)
 
+    def fetch_unless_locked(self, statement: Statement, values: dict[str, Any]) -> Rows:
+        """See `Database`; see `write_unless_locked`."""
+        return self.fetch(statement, **values)
+
     def _ready(self, statement: Statement, values: dict[str, Any]) -> tuple[str, Any]:
         text, order = statement.ready(self._dialect)
         return text, order(values)
