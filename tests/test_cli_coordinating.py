@@ -235,3 +235,21 @@ def test_a_worker_runs_until_it_is_told_to_stop(shop: Any, make: str) -> None:
         assert process.wait(60) == 0
         process.stdout.close()
         coordinator.log.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_whose_application_hangs_can_be_stopped(tmp_path: Path, number: int) -> None:
+    (tmp_path / "hangs.py").write_text("print('loading', flush=True)\nimport time\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "sagalog", "--app", "hangs:coordinator", "worker"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"loading\n"
+        process.send_signal(number)
+        process.communicate(timeout=20)
+    assert process.returncode != 0
+
+
+def test_a_typed_url_is_refused_where_the_coordinator_has_its_own_log() -> None:
+    told = sagalog("--url", "sqlite:///other.db", "--app", "shop:make", "recover")
+    assert told.status == 2
+    assert "works on its own log" in told.err

@@ -573,3 +573,45 @@ def test_retry_by_an_operator_undoes_what_an_undo_refused_before(stage: Stage) -
     assert record.state == "compensated"
     assert shop.calls == ["reserve", "charge", "refund", "refund", "release"]
     assert len(shop.keys["refund"]) == 1
+
+
+class Tagged(BaseModel):
+    tags: set[str]
+
+
+def test_an_input_that_another_process_writes_otherwise_is_the_same_under_its_key(stage: Stage) -> None:
+    """The order of a set of strings differs by process."""
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("tags")
+    def tags(ctx: Any, input: Tagged) -> int:
+        return len(input.tags)
+
+    given = Tagged(tags={"a", "b", "c"})
+    assert coordinator.run("tags", given, key="k") == 3
+    for order in ('["a","b","c"]', '["c","b","a"]', '["b","a","c"]'):
+        stage.sql("UPDATE saga SET input_json = :text", text=f'{{"tags":{order}}}')
+        assert coordinator.run("tags", given, key="k") == 3
+        assert coordinator.submit("tags", given, key="k") == 1
+    with pytest.raises(KeyConflict):
+        coordinator.run("tags", Tagged(tags={"a"}), key="k")
+
+
+def test_a_function_under_two_names_is_started_by_its_name_only(stage: Stage) -> None:
+    coordinator = stage.coordinator()
+    bare = coordinator.target if stage.asynchronous else coordinator
+
+    if stage.asynchronous:
+
+        async def works(ctx: Any) -> int:
+            return 1
+    else:
+
+        def works(ctx: Any) -> int:  # type: ignore[misc]
+            return 1
+
+    for name in ("new_name", "old_name"):
+        bare.saga(name)(works)
+    with pytest.raises(UnusableHandler, match="registered as 'new_name' and 'old_name'"):
+        coordinator.run(works)
+    assert coordinator.run("old_name") == 1

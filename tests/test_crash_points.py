@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from sagalog import AsyncSagaLog, SagaLog, StepRejected
+from sagalog import AsyncSagaLog, CommandBus, SagaContext, SagaCoordinator, SagaLog, StepRejected
 from sagalog.testing import crash_points
 from tests.crash_matrix import Shop, acrashes, crashes
 from tests.outside import LANDS_LATE, Manners
@@ -165,3 +165,31 @@ def test_what_start_raised_is_handed_over() -> None:
     last = list(crash_points(shop.build, shop.start))[-1]
     assert isinstance(last.result, Exception)
     assert isinstance(last.result.__cause__.__cause__, StepRejected)  # type: ignore[union-attr]
+
+
+def test_a_start_that_waits_for_its_worker_is_stopped_everywhere() -> None:
+    def build(log: SagaLog) -> SagaCoordinator:
+        coordinator = SagaCoordinator(log, CommandBus())
+
+        @coordinator.saga("works")
+        def works(ctx: SagaContext) -> int:
+            ctx.now()
+            return 1
+
+        return coordinator
+
+    def start(coordinator: SagaCoordinator) -> int:
+        saga_id = coordinator.submit("works")
+        with coordinator.worker(poll=0.01):
+            return int(coordinator.wait(saga_id))
+
+    for crash in crash_points(build, start):
+        assert crash.saga is None or crash.saga.state in ("submitted", "completed", "compensated"), crash
+
+
+def test_what_ends_a_test_in_start_ends_it() -> None:
+    def start(coordinator: SagaCoordinator) -> None:
+        pytest.fail("the order is wrong")
+
+    with pytest.raises(pytest.fail.Exception, match="the order is wrong"):
+        list(crash_points(lambda log: SagaCoordinator(log, CommandBus()), start))

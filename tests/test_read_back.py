@@ -505,3 +505,57 @@ def test_every_try_gets_the_command_as_it_is_in_the_log() -> None:
         coordinator.saga("sends")(lambda ctx: ctx.dispatch(Exact(number=1, more={"a": 1})))
         coordinator.run("sends")
     assert seen == [{"a": 1}] * 3
+
+
+# Results
+
+
+class Receipt(BaseModel):
+    number: int
+
+
+class Kept(BaseModel):
+    number: int
+    hint: int = Field(default=0, exclude=True)
+
+
+class Sealed(BaseModel):
+    code: SecretStr
+
+
+def returning(stage: Stage, result: Any, returns: Any) -> Any:
+    def gives(ctx: Any) -> Any:
+        return result
+
+    gives.__annotations__["return"] = returns
+    coordinator = stage.coordinator()
+    coordinator.saga("gives")(gives)
+    return coordinator
+
+
+@pytest.mark.parametrize(
+    ("result", "returns", "held"),
+    [
+        ({"number": 1}, Receipt, Receipt(number=1)),
+        (Kept(number=1, hint=5), Kept, Kept(number=1)),
+        (None, Receipt | None, None),
+        (None, None, None),
+    ],
+    ids=repr,
+)
+def test_a_result_is_at_first_what_its_key_gives_later(stage: Stage, result: Any, returns: Any, held: Any) -> None:
+    coordinator = returning(stage, result, returns)
+    assert [coordinator.run("gives", key="k") for _ in range(2)] == [held, held]
+
+
+@pytest.mark.parametrize(
+    ("result", "returns", "words"),
+    [(None, Receipt, "a NoneType is no result of it"), (Sealed(code=SecretStr("x")), Sealed, "it holds a secret")],
+    ids=repr,
+)
+def test_a_result_that_nobody_could_read_later_fails_its_saga(
+    stage: Stage, result: Any, returns: Any, words: str
+) -> None:
+    with pytest.raises(SagaFailed, match=words) as raised:
+        returning(stage, result, returns).run("gives")
+    assert raised.value.outcome == "compensated"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,6 +18,7 @@ from sagalog import (
     StepInfo,
     WrongEnvironment,
 )
+from sagalog.coordinator.effects import Write
 from tests.coordinating import (
     NO_STOCK,
     ON_POSTGRES,
@@ -383,3 +385,46 @@ def test_a_saga_that_a_person_gives_back_is_recovered_though_its_process_lives(s
 
 def refuses(ctx: Any) -> None:
     raise ValueError("after all")
+
+
+def test_a_retry_is_not_lost_to_another_process_that_recovers_meanwhile(stage: Stage) -> None:
+    """A person's word to send it again reaches the outside."""
+    shop = Shop(stage.bus, pivot=True)
+    shop.fails("charge", ConnectionError("no answer"))
+    here, elsewhere = stage.coordinator(), stage.coordinator()
+    for coordinator in (here, elsewhere):
+
+        @coordinator.saga("pays", resumes=(1,))
+        def pays(ctx: Any) -> int:
+            ctx.dispatch(Charge(amount=1))
+            return 1
+
+    with pytest.raises(SagaFailed):
+        here.run("pays")
+    asked: list[str] = []
+
+    def recovering(effect: Any, given: Any) -> Any:
+        asked.append(effect.operation.asked)
+        if asked.count("retry") == 1 and asked[-1] == "retry":
+            elsewhere.recover()
+        return given
+
+    bare = here.target if stage.asynchronous else here
+    if stage.asynchronous:
+
+        async def interpose(effect: Any, answer: Any) -> Any:
+            given = await answer(effect)
+            return await asyncio.to_thread(recovering, effect, given) if _writes_retry(effect) else given
+    else:
+
+        def interpose(effect: Any, answer: Any) -> Any:  # type: ignore[misc]
+            given = answer(effect)
+            return recovering(effect, given) if _writes_retry(effect) else given
+
+    bare.interpose = interpose
+    assert here.retry(1, note="the bank answers", actor="Ada", again=True).state == "completed"
+    assert shop.calls == ["charge", "charge"]
+
+
+def _writes_retry(effect: Any) -> bool:
+    return isinstance(effect, Write) and effect.operation.asked == "retry" and not effect.operation.kind.reads

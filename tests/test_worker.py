@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -270,3 +271,54 @@ def test_a_handler_that_hangs_holds_no_slot_once_its_saga_is_given_up(sqlite_pat
                 coordinator.wait(first, timeout=30)  # the same worker recovers it
             ends.set()
     assert failed.value.outcome == "compensated"
+
+
+def test_a_worker_that_several_threads_start_is_one(sqlite_path: Path) -> None:
+    with SagaLog.open(sqlite_path) as log, Coordinator(log, CommandBus()) as coordinator:
+        worker, together = coordinator.worker(poll=0.05), threading.Barrier(4)
+
+        def start() -> None:
+            together.wait(30)
+            worker.start()
+
+        threads = [threading.Thread(target=start) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        workers = [thread for thread in threading.enumerate() if thread.name == "sagalog-worker"]
+        worker.shutdown()
+        assert len(workers) == 1
+        assert not workers[0].is_alive()
+
+
+async def _started_twice(path: Path) -> int:
+    async with await AsyncSagaLog.open(path) as log, AsyncCoordinator(log, CommandBus()) as coordinator:
+        before = asyncio.all_tasks()
+        worker = coordinator.worker(poll=0.05)
+        await asyncio.gather(worker.start(), worker.start())
+        await worker.shutdown()
+        return len(asyncio.all_tasks() - before)
+
+
+def test_a_worker_that_several_tasks_start_is_one(sqlite_path: Path) -> None:
+    assert asyncio.run(_started_twice(sqlite_path)) == 0
+
+
+@pytest.mark.parametrize("twophase", [False, True])
+def test_nobody_is_notified_by_a_transaction_of_two_phases_which_could_not_be_prepared(
+    postgres_url: str, twophase: bool
+) -> None:
+    engine, sent = create_engine(postgres_url), []
+    with Coordinator(SagaLog(engine), CommandBus()) as coordinator:
+
+        @coordinator.saga("works")
+        def works(ctx: SagaContext) -> int:
+            return 1
+
+        event.listen(engine, "before_cursor_execute", lambda *heard: sent.append(heard[2]))
+        with Session(engine, twophase=twophase) as session:
+            coordinator.submit(works, session=session)
+            session.rollback()
+    assert any("pg_notify" in statement for statement in sent) is not twophase
+    engine.dispose()

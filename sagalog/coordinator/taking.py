@@ -99,9 +99,8 @@ class TakingCore(Core):
         )
         target = forward_or_back(recovery, record)
         refuse_unknown(recovery, record)
-        seen = Candidate(saga_id, record.epoch or 0, record.name)
-        fence = Fence(saga_id, seen.epoch + 1)
-        reopened = reopening.reopen(seen, target, self.executor.executor_id, note=note, actor=actor, again=again)
+        fence = Fence(saga_id, (record.epoch or 0) + 1)
+        reopened = reopening.reopen(fence, target, self.executor.executor_id, note=note, actor=actor, again=again)
         if await self.claimed(reopened, fence):
             end = await self.owning(fence, finish_claimed, recovery, fence)
             if end is not None and end.waits is not None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sagalog.errors import InvalidTransition
-from sagalog.log.claiming import Candidate
 from sagalog.log.database import Call, Database, Kind, Operation
-from sagalog.log.fencing import head_of
+from sagalog.log.fencing import Fence, head_of
 from sagalog.log.operating import check_signed, write_audit
 from sagalog.log.sagas import new_token
 from sagalog.payload import printable
@@ -16,13 +15,11 @@ from sagalog.states import SagaState, StepState
 BATCH = 200
 
 
-def reopen(
-    seen: Candidate, target: SagaState, executor_id: str, *, note: str, actor: str, again: bool
-) -> Operation[bool]:
+def reopen(fence: Fence, target: SagaState, executor_id: str, *, note: str, actor: str, again: bool) -> Operation[bool]:
     """Take a saga that needs a person over, to bring it to an end.
 
     Args:
-        seen: The saga, in failed_compensation.
+        fence: The saga, in failed_compensation, and the epoch that it gets: one more than it has.
         target: running, to go forward, or compensating, to be undone.
         executor_id: Who takes it: in the same statement, for any other process would recover it as it does others.
         note: Why; it stays in the audit.
@@ -30,13 +27,13 @@ def reopen(
         again: Whether a step in doubt may be sent again under its key.
 
     Returns:
-        True: its epoch is one higher.
+        True.
 
     Raises:
         SagaNotFound: No such saga.
         InvalidTransition: It is in another state, or a step is in doubt.
     """
-    asked, saga_id, token = "retry", seen.saga_id, new_token()
+    asked, saga_id, token = "retry", fence.saga_id, new_token()
     check_signed(note, actor, asked, saga_id)
 
     def run(db: Database) -> bool:
@@ -52,7 +49,7 @@ def reopen(
                 hint=f"Find out what became of it, and say so: sagalog resolve-step {saga_id} {pending[0]}. "
                 "Or send it again under its key: --again.",
             )
-        values = {"id_": saga_id, "epoch_": seen.epoch, "executor_": executor_id, "token_": token}
+        values = {"id_": saga_id, "epoch_": fence.epoch - 1, "executor_": executor_id, "token_": token}
         if db.write(db.sql.owned.reopen(target), values) != 1:
             problem = f"the saga is {found!r}, and only one in 'failed_compensation' is tried again"
             if found == SagaState.FAILED_COMPENSATION:  # as read, before the write waited for somebody else's

@@ -20,6 +20,7 @@ from sagalog.coordinator.awaiting import AsyncSagaCoordinator
 from sagalog.coordinator.blocking import SagaCoordinator
 from sagalog.coordinator.effects import Effect, Invoke, Write
 from sagalog.coordinator.recover import RecoveryReport
+from sagalog.log.bind import refuse_finished
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.facade import AsyncSagaLog, SagaLog
 from sagalog.log.statements import Statement, Statements
@@ -32,10 +33,6 @@ _RECOVERIES = 2
 
 class Stopped(BaseException):
     """The process is dead here. Not an Exception, so that no handler or saga catches it by accident."""
-
-
-class StoppedThread(Stopped, SystemExit):
-    """It is dead in each of its threads; one of a worker's ends without a word."""
 
 
 @dataclass
@@ -99,8 +96,7 @@ class _Life:
     def __call__(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Any]) -> Any:
         label = _label(effect)
         if label is None:
-            if self._dead:
-                raise StoppedThread
+            self._refuse_dead(effect)
             return answer(effect)
         self._pass(f"before {label}")
         given = answer(effect)
@@ -113,8 +109,7 @@ class _Life:
         """The same for an async coordinator."""
         label = _label(effect)
         if label is None:
-            if self._dead:
-                raise Stopped
+            self._refuse_dead(effect)
             return await answer(effect)
         await self._apass(f"before {label}")
         given = await answer(effect)
@@ -122,6 +117,17 @@ class _Life:
             given = await answer(effect)
         await self._apass(f"after {label}")
         return given
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it was stopped, and does not only sleep."""
+        return self._dead
+
+    def _refuse_dead(self, effect: Effect[Any]) -> None:
+        """A dead process reads nothing either: whoever waits in it, or a worker, ends as on a closed log."""
+        if self._dead:
+            assert isinstance(effect, Write)
+            raise refuse_finished(effect.operation.asked)
 
     def _repeats(self, effect: Effect[Any]) -> bool:
         return self.repeat and isinstance(effect, Invoke) and not effect.handler.transactional
@@ -276,7 +282,8 @@ class CrashPoints:
         except Stopped:
             pass
         except BaseException as error:  # what ends a test is raised by whoever runs it, see `_crash`
-            result.append(error)
+            if not life.is_dead:
+                result.append(error)
         finally:
             life.asleep.set()
 
@@ -323,7 +330,8 @@ class CrashPoints:
         except Stopped:
             pass
         except Exception as error:
-            result.append(error)
+            if not life.is_dead:
+                result.append(error)
         finally:
             life.asleep_in_loop.set()
 
