@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -404,3 +405,25 @@ def test_an_async_worker_closes_the_connection_on_which_it_listened(
             """The server takes a moment to see that a client is gone."""
         assert connection.execute(text(others)).scalar_one() == 0
     watching.dispose()
+
+
+def test_a_process_without_threads_to_spare_runs_sagas_and_keeps_its_lease_later(
+    sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, refused = threading.Thread.start, iter([True])
+
+    def starting(thread: threading.Thread) -> None:
+        if thread.name == "sagalog-lease" and next(refused, False):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starting)
+    with SagaLog.open(sqlite_path) as log, SagaCoordinator(log, CommandBus()) as coordinator:
+
+        @coordinator.saga("works")
+        def works(ctx: Any) -> int:
+            return 1
+
+        for keeping in (False, True):
+            assert coordinator.run(works) == 1
+            assert any(thread.name == "sagalog-lease" for thread in threading.enumerate()) is keeping

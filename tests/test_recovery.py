@@ -428,3 +428,20 @@ def test_a_retry_is_not_lost_to_another_process_that_recovers_meanwhile(stage: S
 
 def _writes_retry(effect: Any) -> bool:
     return isinstance(effect, Write) and effect.operation.asked == "retry" and not effect.operation.kind.reads
+
+
+def test_a_step_in_doubt_is_sent_again_once_by_one_word_of_a_person(stage: Stage) -> None:
+    shop = Shop(stage.bus, pivot=True)
+    shop.fails("charge", *[ConnectionError("no answer") for _ in range(5)])
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("pays")
+    def pays(ctx: Any) -> None:
+        ctx.dispatch(Charge(amount=1))
+
+    with pytest.raises(SagaFailed):
+        coordinator.run("pays")
+    for asked in (2, 3):
+        record = coordinator.retry(1, note="the bank answers", actor="Ada", again=True)
+        assert record.state == "failed_compensation"
+        assert shop.calls == ["charge"] * asked

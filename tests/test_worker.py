@@ -322,3 +322,29 @@ def test_nobody_is_notified_by_a_transaction_of_two_phases_which_could_not_be_pr
             session.rollback()
     assert any("pg_notify" in statement for statement in sent) is not twophase
     engine.dispose()
+
+
+def test_a_handler_that_hangs_holds_no_slot_once_its_saga_is_quarantined(sqlite_path: Path) -> None:
+    bus, over, begun = CommandBus(), threading.Event(), threading.Event()
+
+    @bus.handler(read_only=True, timeout=0.5, settle=0.0)
+    def hangs(cmd: Hang) -> None:
+        begun.set()
+        over.wait(60)
+
+    with SagaLog.open(sqlite_path) as log, Coordinator(log, bus, lease=3) as coordinator:
+
+        @coordinator.saga("hangs")
+        def hanging(ctx: SagaContext) -> None:
+            ctx.dispatch(Hang())
+
+        @coordinator.saga("works")
+        def works(ctx: SagaContext) -> int:
+            return 1
+
+        with coordinator.worker(concurrency=1, poll=0.05):
+            coordinator.submit(hanging)
+            assert begun.wait(30)
+            assert log.quarantine(note="restored", actor="Ada") == 1
+            assert coordinator.wait(coordinator.submit(works), timeout=30) == 1
+            over.set()

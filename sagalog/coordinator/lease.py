@@ -62,6 +62,7 @@ class Executor:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._registered = False
+        self._has_no_thread = False
         self._renew_at = 0.0
 
     def before_fork(self) -> None:
@@ -85,7 +86,9 @@ class Executor:
 
     def is_due(self) -> bool:
         """Whether the coordinator itself must renew before it goes on: at first, after a fork, or with no thread."""
-        return not self._registered or (self._thread is None and time.monotonic() >= self._renew_at)
+        if not self._registered or self._has_no_thread:
+            return True
+        return self._thread is None and time.monotonic() >= self._renew_at
 
     @property
     def is_registered(self) -> bool:
@@ -96,14 +99,22 @@ class Executor:
         """The lease was written; the thread takes over, if it can."""
         self._renew_at = time.monotonic() + self.lease / 3
         with self._wake:
-            if self._registered:
+            if self._registered and not self._has_no_thread:
                 return
-            self._registered = True
+            self._registered, self._has_no_thread = True, False
         apart = self._apart()
-        if apart is not None:
-            keeping = (apart, self._closing)
-            self._thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
-            self._thread.start()
+        if apart is None:
+            return
+        keeping = (apart, self._closing)
+        thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the process may have no more threads now
+            self._has_no_thread = True
+            apart.close()
+            _log.warning("executor %s: the lease is renewed at starts only, for now: %s", self.executor_id, error)
+        else:
+            self._thread = thread
 
     def watch(self, fence: Fence, step_index: int, seconds: float, settle: float) -> int:
         """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over.
@@ -164,7 +175,7 @@ class Executor:
                 self._give_back(apart)
                 if time.monotonic() >= self._renew_at:
                     done = self._attempt(apart, self.renewal(), "the lease could not be renewed")
-                    self._renew_at = time.monotonic() + (self.lease / 3 if done else min(1.0, self.lease / 10))
+                    self._renew_at = time.monotonic() + (self.lease / 3 if done == "" else min(1.0, self.lease / 10))
         except _NothingToKeep:
             pass  # nobody can write under this lease any more
         finally:
@@ -189,7 +200,7 @@ class Executor:
                 done = self._attempt(apart, operation, f"saga {fence.saga_id} could not be given up")
                 if done is None:
                     self._watched[ticket] = (now + 1.0, fence, step_index, settle)
-                elif done and self.holds(fence):
+                elif done != "invalid_transition" and self.holds(fence):  # but its step has ended
                     del self.active[fence.saga_id]
                     self.given_up.add(fence)
 
@@ -202,13 +213,13 @@ class Executor:
                 time.sleep(min(1.0, self.lease / 10))
                 self._stranded.append(fence)
 
-    def _attempt(self, apart: Apart, operation: Operation[Any], problem: str) -> bool | None:
-        """Whether something was written; None if it has to be tried again."""
+    def _attempt(self, apart: Apart, operation: Operation[Any], problem: str) -> str | None:
+        """The code of the refusal, "" if it was written; None if it has to be tried again."""
         try:
             apart.perform(operation)
         except SagaLogError as error:
             if error.code in ("lease_lost", "invalid_transition", "saga_not_found"):
-                return False
+                return error.code
             if is_closed(error):
                 raise _NothingToKeep from None
             _log.warning("executor %s: %s: %s", self.executor_id, problem, error)
@@ -216,4 +227,4 @@ class Executor:
         except Exception:
             _log.exception("executor %s: %s", self.executor_id, problem)
             return None
-        return True
+        return ""

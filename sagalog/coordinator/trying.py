@@ -268,7 +268,7 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     retry = handler.retry
     if did_nothing and not forward:
         outcome: Outcome = Refused(step.error or "its process died before it was done", None)
-    elif did_nothing or run.again or (retry is not None and step.tries == 0 and may_try(step, retry)):
+    elif did_nothing or (step.tries == 0 and (run.again or (retry is not None and may_try(step, retry)))):
         step.deadline_at = due_of(handler, now_ms())
         await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
         outcome = await tried(run, handler, step, cmd, retry_of(handler))
