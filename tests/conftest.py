@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import shutil
 import sqlite3
@@ -291,6 +292,13 @@ def road(request: pytest.FixtureRequest, sqlite_path: Path) -> Iterator[Road]:
     postgres = request.getfixturevalue("postgres_url") if request.param.startswith("postgres") else None
     with open_road(request.param, f"sqlite:///{sqlite_path}", postgres) as opened:
         yield opened
+
+
+@pytest.fixture
+def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What is logged, also when an Alembic environment of another test has switched off the loggers that it found."""
+    monkeypatch.setattr(logging.getLogger("sagalog"), "disabled", False)
+    return caplog
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import os
 import sys
 import threading
@@ -35,13 +34,6 @@ from tests.troubled import Done, Killed, Release, Shop, beginning_elsewhere, res
 def log(migrated_url: str) -> Iterator[SagaLog]:
     with SagaLog.open(migrated_url) as opened:
         yield opened
-
-
-@pytest.fixture
-def told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What is logged, also when an Alembic environment of another test has switched off the loggers that it found."""
-    monkeypatch.setattr(logging.getLogger("sagalog"), "disabled", False)
-    return caplog
 
 
 # Whose a saga is

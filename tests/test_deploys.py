@@ -46,14 +46,14 @@ def test_a_submitted_saga_has_the_version_that_runs_it(stage: Stage) -> None:
 
 @pytest.mark.parametrize(("version", "takes"), [(2, Earlier), (1, Later)], ids=["a later version", "another input"])
 def test_a_saga_that_a_process_cannot_run_stays_submitted_for_one_that_can(
-    stage: Stage, version: int, takes: Any, caplog: pytest.LogCaptureFixture
+    stage: Stage, version: int, takes: Any, told: pytest.LogCaptureFixture
 ) -> None:
     shop = Shop(stage.bus)
     older, newer = versioned(stage, 1, Earlier), versioned(stage, version, takes)
     left = newer.submit("place_order", takes.model_validate({"order_id": "x", "sku": "book"}))
     with older.worker(poll=0.05):
         until = time.monotonic() + 30
-        while "stays submitted" not in caplog.text:
+        while "stays submitted" not in told.text:
             assert time.monotonic() < until
             time.sleep(0.01)
         assert older.wait(older.submit("place_order", Earlier(sku="book")), timeout=30) == 1
