@@ -272,7 +272,7 @@ def workers_together(world: World, sagas: int, processes: int, least_share: floa
     [_] = Child(lambda say: world.open(empty=True).close()).answers()
     half = sagas // 2
     [early] = Child(lambda say: _submitted(world, half)).answers()
-    dies_at = STEPS * half // processes
+    dies_at = max(STEPS, int(least_share * sagas * STEPS / processes))  # so much it surely does, if it is served fairly
     workers = [_worker(world, dies_at if n == 0 else None) for n in range(processes)]
     try:
         for worker in workers:
@@ -338,8 +338,8 @@ def _worker(world: World, dies_at: int | None) -> Child:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         coordinator, _ = build(world.open(), noted, timeout=_LEASE, lease=_LEASE)
+        say("looking")  # before it may die
         with coordinator.worker(concurrency=_CONCURRENCY, poll=0.1):
-            say("looking")
             stop.wait()
 
     return Child(live)
