@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from sagalog import CommandBus, SagaFailed, StepFailed, StepInfo, StepRejected, UnusableHandler
+from sagalog import (
+    CommandBus,
+    SagaCoordinator,
+    SagaFailed,
+    SagaLog,
+    StepFailed,
+    StepInfo,
+    StepRejected,
+    UnusableHandler,
+)
+from sagalog.coordinator.effects import Write
 from tests.coordinating import Charge, Charged, Release, Reserve, Shop, Stage
 
 
@@ -31,14 +43,15 @@ class SlowShop(Shop):
         super().release(cmd, step)
 
 
+def charging(ctx: Any) -> None:
+    with suppress(Exception):  # the saga is told
+        ctx.dispatch(Charge(amount=1))
+
+
 def ending_beside(stage: Stage, shop: SlowShop, *, raises: bool) -> SagaFailed:
     """Run a saga whose function ends while another thread's charge is under way."""
     coordinator = stage.coordinator()
     threads: list[threading.Thread] = []
-
-    def charging(ctx: Any) -> None:
-        with suppress(Exception):  # the saga is told
-            ctx.dispatch(Charge(amount=1))
 
     @coordinator.saga("ends")
     def ends(ctx: Any) -> None:
@@ -63,20 +76,56 @@ def test_a_pivot_under_way_when_the_function_raises_keeps_what_was_done_before_i
     assert stage.states() == [("Reserve", "succeeded"), ("Charge", "succeeded")]
 
 
-def test_a_step_under_way_when_the_function_raises_is_undone_after_it_was_done(stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("raises", "words"), [(True, "no courier"), (False, "returned while a call of its context was under way")]
+)
+def test_a_step_under_way_when_the_function_ends_is_undone_after_it_was_done(
+    stage: Stage, raises: bool, words: str
+) -> None:
     shop = SlowShop(stage.bus)
-    failed = ending_beside(stage, shop, raises=True)
+    failed = ending_beside(stage, shop, raises=raises)
     assert failed.outcome == "compensated"
-    assert "no courier" in str(failed)
+    assert words in str(failed)
     assert shop.calls == ["reserve", "charge", "refund", "release"]
 
 
-def test_a_function_that_returns_while_a_step_is_under_way_is_undone(stage: Stage) -> None:
-    shop = SlowShop(stage.bus)
-    failed = ending_beside(stage, shop, raises=False)
-    assert failed.outcome == "compensated"
-    assert "returned while a call of its context was under way" in str(failed)
-    assert shop.calls == ["reserve", "charge", "refund", "release"]
+def test_a_command_whose_row_was_being_written_when_the_function_raised_is_not_sent(
+    migrated_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus, writing, waits, sent = CommandBus(), threading.Event(), threading.Event(), list[int]()
+
+    @bus.handler(pivot=True)
+    def charge(cmd: Charge) -> Charged:
+        sent.append(cmd.amount)
+        return Charged(amount=cmd.amount)
+
+    with SagaLog.open(migrated_url.removeprefix("sqlite:///")) as log, SagaCoordinator(log, bus) as coordinator:
+        sleep = time.sleep
+
+        def waiting(seconds: float) -> None:
+            waits.set()  # the function has ended, and its call is waited for
+            sleep(seconds)
+
+        def holding(effect: Any, answer: Callable[[Any], Any]) -> Any:
+            if isinstance(effect, Write) and effect.operation.asked == "dispatch":
+                writing.set()
+                assert waits.wait(30)
+            return answer(effect)
+
+        @coordinator.saga("ends")
+        def ends(ctx: Any) -> None:
+            threading.Thread(target=charging, args=(ctx,)).start()
+            assert writing.wait(30)
+            monkeypatch.setattr(time, "sleep", waiting)
+            raise ValueError("no courier")
+
+        coordinator.interpose = holding
+        with pytest.raises(SagaFailed, match="no courier") as raised:
+            coordinator.run(ends)
+        steps = log.get(raised.value.saga_id).steps
+    assert raised.value.outcome == "compensated"
+    assert [(step.name, step.state) for step in steps] == [("Charge", "failed")]
+    assert sent == []
 
 
 def test_two_undos_by_hand_at_once_undo_two_steps(stage: Stage) -> None:

@@ -419,3 +419,71 @@ def test_a_process_without_threads_to_spare_runs_sagas_and_keeps_its_lease_later
         for keeping in (False, True):
             assert coordinator.run(works) == 1
             assert any(thread.name == "sagalog-lease" for thread in threading.enumerate()) is keeping
+
+
+# Claims
+
+
+def claiming(coordinator: SagaCoordinator, claim: Callable[[Callable[[], Any]], Any]) -> None:
+    """Put something around each claim."""
+
+    def around(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if isinstance(effect, Write) and effect.operation.asked == "claim":
+            return claim(lambda: answer(effect))
+        return answer(effect)
+
+    coordinator.interpose = around
+
+
+def test_a_claim_whose_answer_was_lost_knows_itself_when_it_is_made_again(log: SagaLog) -> None:
+    """As a log over an Engine does once its connection is gone."""
+    shop = Shop()
+    with SagaCoordinator(log, shop.bus) as coordinator:
+        saga_id = coordinator.submit(reserving(coordinator), 7)
+        claiming(coordinator, lambda claim: (claim(), claim())[1])
+        with coordinator.worker(poll=0.05):
+            assert coordinator.wait(saga_id, timeout=30) == 7
+    assert shop.verbs == ["reserve"]
+
+
+def test_a_claim_that_fails_is_not_made_again_at_once(log: SagaLog) -> None:
+    shop, moments, enough = Shop(), list[float](), threading.Event()
+
+    def failing(claim: Callable[[], Any]) -> Any:
+        moments.append(time.monotonic())
+        if len(moments) > 1:
+            enough.set()
+        raise LogUnavailable("claim", "the disk is full")
+
+    with SagaCoordinator(log, shop.bus) as coordinator:
+        coordinator.submit(reserving(coordinator), 1)
+        claiming(coordinator, failing)
+        with coordinator.worker(poll=0.01):
+            assert enough.wait(30)
+    assert moments[1] - moments[0] > 0.4
+
+
+def test_sagas_that_a_worker_does_not_know_are_passed_over_in_few_looks(log: SagaLog) -> None:
+    elsewhere, looks = SagaCoordinator(log, CommandBus()), list[str]()
+
+    @elsewhere.saga("elsewhere")
+    def left(ctx: Any) -> None:
+        raise Killed
+
+    for _ in range(300):
+        with pytest.raises(Killed):
+            elsewhere.run(left)
+    elsewhere.close()
+    shop = Shop()
+    with SagaCoordinator(log, shop.bus) as coordinator:
+        saga_id = coordinator.submit(reserving(coordinator), 1)
+
+        def counting(effect: Any, answer: Callable[[Any], Any]) -> Any:
+            if isinstance(effect, Write) and effect.operation.asked == "recover":
+                looks.append("recover")
+            return answer(effect)
+
+        coordinator.interpose = counting
+        with coordinator.worker(concurrency=1, poll=60):
+            assert coordinator.wait(saga_id, timeout=30) == 1
+        assert len(looks) < 30

@@ -24,20 +24,13 @@ from pydantic import (
 
 from sagalog import CommandBus, PayloadError, Retry, SagaCoordinator, SagaFailed, SagaLog
 from tests.coordinating import Killed, Stage
+from tests.troubled import Ask, One, answering
 
 T = TypeVar("T")
 
 
-class Ask(BaseModel):
-    word: str = "hello"
-
-
 class Undo(BaseModel):
     word: str = "hello"
-
-
-class One(BaseModel):
-    number: int
 
 
 class Partly(BaseModel):
@@ -69,14 +62,6 @@ class Pair(Enum):
 
 class Secret(BaseModel):
     password: SecretStr
-
-
-def answering(answer: Any, returns: Any) -> Any:
-    def ask(cmd: Ask) -> Any:
-        return answer
-
-    ask.__annotations__["return"] = returns
-    return ask
 
 
 def asking(stage: Stage, handler: Any, then: Any = None, undone: list[Any] | None = None) -> Any:

@@ -6,29 +6,11 @@ from collections.abc import Iterable
 from typing import Any, Generic, NoReturn, TypeVar
 
 import pytest
-from pydantic import (
-    BaseModel,
-)
 
 from sagalog import Command, CommandBus, SagaCoordinator, SagaFailed, SagaLog, UnusableHandler
+from tests.troubled import Ask, One, answering
 
 T = TypeVar("T")
-
-
-class Ask(BaseModel):
-    word: str = "hello"
-
-
-class One(BaseModel):
-    number: int
-
-
-def answering(answer: Any, returns: Any) -> Any:
-    def ask(cmd: Ask) -> Any:
-        return answer
-
-    ask.__annotations__["return"] = returns
-    return ask
 
 
 class Alien:

@@ -115,3 +115,22 @@ def beginning_elsewhere(log: SagaLog, name: str, *, input: object = 1, submitted
         elsewhere.run(left, input)
     elsewhere.close()
     return log.max_saga_id()
+
+
+# Handlers that only answer
+
+
+class Ask(BaseModel):
+    word: str = "hello"
+
+
+class One(BaseModel):
+    number: int
+
+
+def answering(answer: Any, returns: Any) -> Any:
+    def ask(cmd: Ask) -> Any:
+        return answer
+
+    ask.__annotations__["return"] = returns
+    return ask

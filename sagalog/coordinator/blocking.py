@@ -294,8 +294,8 @@ class SagaCoordinator(Shell):
         Not longer than the handlers may take: the saga is given up then. Further signals are not told. The threads are
         not asked: after an interrupted `join`, CPython takes a living one for dead.
         """
-        active, over = self._core.executor.active, False
+        holds, over = self._core.executor.holds, False
         while not over:
             with suppress(BaseException):
-                over = active.get(fence.saga_id) is not fence or not running
+                over = not holds(fence) or not running
                 time.sleep(0 if over else MOMENT)

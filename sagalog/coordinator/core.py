@@ -157,7 +157,7 @@ class Core:
             coming.discard(ticket)
 
     async def claimed(self, claim: Operation[bool], fence: Fence, wanted: Callable[[], bool] = always) -> bool:
-        """Whether a claim of this process won.
+        """Whether a claim of this process won; no two of its threads claim a saga at once, for a claim names no thread.
 
         Args:
             claim: The claim.
@@ -168,6 +168,8 @@ class Core:
         async def claiming() -> bool:
             return wanted() and await Write(claim)
 
+        if self.executor.claiming.setdefault(fence.saga_id, fence) is not fence:
+            return False
         try:
             return await self._taking(claiming(), lambda won: fence if won else None)
         except LogUnavailable as error:
@@ -179,6 +181,8 @@ class Core:
         except BaseException:
             self.executor.strand(fence)
             raise
+        finally:
+            self.executor.claiming.pop(fence.saga_id, None)  # a forked child has none
 
     async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:
         """Work on a saga that this process owns; what it stops working on is given back for recovery."""
@@ -196,8 +200,8 @@ class Core:
                 await self._give_back(fence)
             raise
         finally:
-            if active.get(fence.saga_id) is fence:
-                del active[fence.saga_id]
+            if self.executor.holds(fence):
+                active.pop(fence.saga_id, None)  # the lease's thread may have given it up in between
             self.executor.given_up.discard(fence)
 
     async def _give_back(self, fence: Fence) -> None:

@@ -99,7 +99,7 @@ class Invoke(Effect[R]):
     def arguments(self, session: Any) -> list[Any]:
         """What the handler is called with, in its own order."""
         wants = self.handler.signature.wants
-        if len(wants) == 1:
+        if len(wants) == 1:  # as most do; the command is what none goes without
             return [self.cmd]
         return [self.cmd if word == "cmd" else session if word == "session" else self.info.made() for word in wants]
 

@@ -26,6 +26,7 @@ from sagalog.log.forking import tell_of_forks
 from sagalog.moments import now_ms
 
 _log = logging.getLogger("sagalog")
+_WRITTEN = "written"
 
 
 class _NothingToKeep(Exception):
@@ -55,14 +56,15 @@ class Executor:
         self.active: dict[int, Fence] = {}
         self.given_up: set[Fence] = set()
         self.coming: set[object] = set()
+        self.claiming: dict[int, Fence] = {}
         self._wake = threading.Condition()
+        self._starting = threading.Lock()
         self._watched: dict[int, tuple[float, Fence, int, float]] = {}
         self._tickets = itertools.count()
         self._stranded: list[Fence] = []
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._registered = False
-        self._has_no_thread = False
         self._renew_at = 0.0
 
     def before_fork(self) -> None:
@@ -86,9 +88,10 @@ class Executor:
 
     def is_due(self) -> bool:
         """Whether the coordinator itself must renew before it goes on: at first, after a fork, or with no thread."""
-        if not self._registered or self._has_no_thread:
-            return True
-        return self._thread is None and time.monotonic() >= self._renew_at
+        return not self._registered or (not self._is_kept() and time.monotonic() >= self._renew_at)
+
+    def _is_kept(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def is_registered(self) -> bool:
@@ -98,23 +101,21 @@ class Executor:
     def renewed(self) -> None:
         """The lease was written; the thread takes over, if it can."""
         self._renew_at = time.monotonic() + self.lease / 3
-        with self._wake:
-            if self._registered and not self._has_no_thread:
+        with self._starting:
+            self._registered = True
+            apart = None if self._is_kept() else self._apart()
+            if apart is None:
                 return
-            self._registered, self._has_no_thread = True, False
-        apart = self._apart()
-        if apart is None:
-            return
-        keeping = (apart, self._closing)
-        thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError as error:  # the process may have no more threads now
-            self._has_no_thread = True
-            apart.close()
-            _log.warning("executor %s: the lease is renewed at starts only, for now: %s", self.executor_id, error)
-        else:
-            self._thread = thread
+            keeping = (apart, self._closing)
+            thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the process may have no more threads now
+                self._renew_at = 0.0
+                apart.close()
+                _log.warning("executor %s: the lease is renewed at starts only, for now: %s", self.executor_id, error)
+            else:
+                self._thread = thread
 
     def watch(self, fence: Fence, step_index: int, seconds: float, settle: float) -> int:
         """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over.
@@ -171,15 +172,18 @@ class Executor:
     def _keep(self, apart: Apart, closing: threading.Event) -> None:
         try:
             while self._wait(closing):
+                self._renew_if_due(apart)
                 self._give_up_overdue(apart)
                 self._give_back(apart)
-                if time.monotonic() >= self._renew_at:
-                    done = self._attempt(apart, self.renewal(), "the lease could not be renewed")
-                    self._renew_at = time.monotonic() + (self.lease / 3 if done == "" else min(1.0, self.lease / 10))
         except _NothingToKeep:
             pass  # nobody can write under this lease any more
         finally:
             apart.close()
+
+    def _renew_if_due(self, apart: Apart) -> None:
+        if time.monotonic() >= self._renew_at:
+            done = self._attempt(apart, self.renewal(), "the lease could not be renewed")
+            self._renew_at = time.monotonic() + (self.lease / 3 if done == _WRITTEN else min(1.0, self.lease / 10))
 
     def _wait(self, closing: threading.Event) -> bool:
         with self._wake:
@@ -201,20 +205,21 @@ class Executor:
                 if done is None:
                     self._watched[ticket] = (now + 1.0, fence, step_index, settle)
                 elif done != "invalid_transition" and self.holds(fence):  # but its step has ended
-                    del self.active[fence.saga_id]
+                    self.active.pop(fence.saga_id, None)  # its own thread may have ended it in between
                     self.given_up.add(fence)
 
     def _give_back(self, apart: Apart) -> None:
         with self._wake:
             stranded, self._stranded = self._stranded, []
         for fence in stranded:
+            self._renew_if_due(apart)  # each may wait for a lock
             release = owning.release(fence, self.executor_id, counted=True)
             if self._attempt(apart, release, f"saga {fence.saga_id} stays here") is None:
                 time.sleep(min(1.0, self.lease / 10))
                 self._stranded.append(fence)
 
     def _attempt(self, apart: Apart, operation: Operation[Any], problem: str) -> str | None:
-        """The code of the refusal, "" if it was written; None if it has to be tried again."""
+        """`_WRITTEN`, or the code of the refusal; None if it has to be tried again."""
         try:
             apart.perform(operation)
         except SagaLogError as error:
@@ -227,4 +232,4 @@ class Executor:
         except Exception:
             _log.exception("executor %s: %s", self.executor_id, problem)
             return None
-        return ""
+        return _WRITTEN

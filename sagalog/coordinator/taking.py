@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -112,7 +113,7 @@ class TakingCore(Core):
     ) -> tuple[list[Candidate], bool]:
         """Sagas that this process can take over now, and whether there may be more."""
         now = now_ms()
-        self._not_before = {saga_id: until for saga_id, until in self._not_before.items() if until > now}
+        _forget_past(self._not_before, now)
         limit = most + len(passed) + len(self._not_before) + len(self.executor.active)
         found = await Write(claiming.candidates(self.executor.executor_id, limit, adopt=adopt))
         coming = bool(self.executor.coming)  # looked at before `active`, into which what comes is moved
@@ -153,9 +154,11 @@ class TakingCore(Core):
             end = await self.owning(fence, finish_claimed, recovery, fence)
         except LeaseLost:
             return 0
-        except Exception as error:
+        except BaseException as error:
+            self._pause(seen.saga_id, min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(seen.recoveries, 16)))
+            if not isinstance(error, Exception):
+                raise
             report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
-            self._pauses[seen.saga_id] = now_ms() + min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(seen.recoveries, 16))
             return 1
         if end is None:
             return 0
@@ -163,7 +166,7 @@ class TakingCore(Core):
         if end.until is not None:
             self._not_before[seen.saga_id] = end.until
         elif end.waits is not None:
-            self._pauses[seen.saga_id] = now_ms() + _LONGEST_PAUSE_MS
+            self._pause(seen.saga_id, _LONGEST_PAUSE_MS)
         report.add(seen.saga_id, seen.name, end)
         return 0 if end.waits is not None else 1  # what waits would otherwise use up every limit
 
@@ -172,6 +175,7 @@ class TakingCore(Core):
         try:
             return await self.claimed(claim, fence, wanted)
         except LogUnavailable as error:
+            self._pause(fence.saga_id, _FIRST_PAUSE_MS)  # a worker would come back to it at once
             if error.found != LOCK_HELD:
                 raise
             return None
@@ -179,7 +183,7 @@ class TakingCore(Core):
     async def find_work(self, free: int, busy: Set[int]) -> list[Job]:
         """At most `free` sagas that a worker could start or take over now; others may be faster."""
         await self.registered()
-        now = now_ms()
+        now = _steady_ms()
         left: list[Job] | None = None
         reserved = 0
         if now >= self._look_back_at:
@@ -195,15 +199,19 @@ class TakingCore(Core):
 
     def _paused(self) -> set[int]:
         """The sagas that a worker leaves alone for now."""
-        now = now_ms()
-        self._pauses = {saga_id: until for saga_id, until in self._pauses.items() if until > now}
+        _forget_past(self._pauses, _steady_ms())
         return set(self._pauses)
+
+    def _pause(self, saga_id: int, milliseconds: int) -> None:
+        self._pauses[saga_id] = _steady_ms() + milliseconds
 
     async def _left_over(self, most: int, busy: Set[int]) -> list[Job]:
         passed = self._paused() | busy
-        page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most * _FAIRNESS)
+        width = most * _FAIRNESS
+        page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=width)
         while full and not page:
-            page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=most * _FAIRNESS)
+            width *= _FAIRNESS  # each look reads again what was passed over
+            page, full = await self.claimable(RecoveryReport(), passed, adopt=False, most=width)
         return [Job(seen, submitted=False) for seen in _some(page, most)]
 
     async def _submitted(self, free: int, busy: Set[int]) -> list[Candidate]:
@@ -238,7 +246,7 @@ class TakingCore(Core):
         except PayloadError as error:
             # A process of the version that submitted it can run it.
             _log.warning("saga %s (%s) stays submitted: %s", seen.saga_id, seen.name, error)
-            self._pauses[seen.saga_id] = now_ms() + _LONGEST_PAUSE_MS
+            self._pause(seen.saga_id, _LONGEST_PAUSE_MS)
             return None
         deadline = deadline_of(definition)
         fence = Fence(seen.saga_id, seen.epoch + 1)
@@ -262,6 +270,18 @@ class TakingCore(Core):
                 hint="A process of that version runs it.",
             )
         return definition.read_input(record.input_json, record.saga_id)
+
+
+def _steady_ms() -> int:
+    """What pauses are measured by: the wall clock may step."""
+    return time.monotonic_ns() // 1_000_000
+
+
+def _forget_past(until: dict[int, int], now: int) -> None:
+    """Other threads write to it meanwhile."""
+    for saga_id, moment in until.copy().items():
+        if moment <= now:
+            until.pop(saga_id, None)
 
 
 def _some(page: list[Candidate], most: int) -> list[Candidate]:

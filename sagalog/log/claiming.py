@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.sagas import new_token
+from sagalog.log.statements import Statement
+from sagalog.log.statements.executors import ExecutorStatements
 
 
 class Candidate(NamedTuple):
@@ -70,11 +73,24 @@ def claim(seen: Candidate, executor_id: str, *, adopt: bool) -> Operation[bool]:
     Raises:
         LogUnavailable: Another transaction holds the saga's row: a stopped process does for as long as it is stopped.
     """
-    token = new_token()
+    values = {"id_": seen.saga_id, "epoch_": seen.epoch, "executor_": executor_id, "token_": new_token()}
+    return _claim(seen, executor_id, lambda sql: sql.claim(adopt), values)
+
+
+def _claim(
+    seen: Candidate, executor_id: str, statement: Callable[[ExecutorStatements], Statement], values: dict[str, Any]
+) -> Operation[bool]:
+    """One compare-and-set; what is run again after a lost answer knows its own claim by executor and epoch."""
+    sent = False
 
     def run(db: Database) -> bool:
-        values = {"id_": seen.saga_id, "epoch_": seen.epoch, "executor_": executor_id, "token_": token}
-        return db.write_unless_locked(db.sql.executors.claim(adopt), values) == 1
+        nonlocal sent
+        again, sent = sent, True
+        sql = db.sql.executors
+        if db.write_unless_locked(statement(sql), values) == 1:
+            return True
+        claimed = {"id_": seen.saga_id, "epoch_": seen.epoch + 1, "executor_": executor_id}
+        return again and bool(db.fetch(sql.claimed, **claimed))
 
     return Call("claim", Kind.WRITE, run, seen.saga_id)
 
@@ -97,18 +113,14 @@ def claim_submitted(seen: Candidate, executor_id: str, version: int, deadline_at
         version: Of the definition that runs it, whichever submitted it.
         deadline_at: After it the saga is undone; Unix milliseconds.
     """
-
-    def run(db: Database) -> bool:
-        values = {
-            "id_": seen.saga_id,
-            "epoch_": seen.epoch,
-            "executor_": executor_id,
-            "version_": version,
-            "deadline_": deadline_at,
-        }
-        return db.write_unless_locked(db.sql.executors.claim_submitted, values) == 1
-
-    return Call("claim", Kind.WRITE, run, seen.saga_id)
+    values = {
+        "id_": seen.saga_id,
+        "epoch_": seen.epoch,
+        "executor_": executor_id,
+        "version_": version,
+        "deadline_": deadline_at,
+    }
+    return _claim(seen, executor_id, lambda sql: sql.claim_submitted, values)
 
 
 def environment(named: str | None) -> Operation[str | None]:

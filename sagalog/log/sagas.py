@@ -122,14 +122,14 @@ class NewSaga:
         self._sent = True
         sql = self._sql(db)
         statement = sql.create_saga_postgres if db.on_postgres else sql.create_saga_sqlite
+        keyed = values["key_"] is not None  # which a transaction that is open may hold
         for _ in range(TRIES):
             values["at_"] = db.now()
-            keyed = values["key_"] is not None  # which a transaction that is open may hold
             made = db.fetch_unless_locked(statement, values) if keyed else db.fetch(statement, **values)
             if made:
                 db.writes += 1
                 return Drawn(made[0][0], created=True)
-            if values["key_"] is not None:
+            if keyed:
                 for found in db.fetch(db.sql.saga_of_key, name_=values["name_"], key_=values["key_"]):
                     if self._is_same(found[1]):
                         return Drawn(found[0], created=found[3] == values["token_"])

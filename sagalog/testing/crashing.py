@@ -79,18 +79,18 @@ class _Life:
         self.asleep_in_loop = asyncio.Event()
         self.awake_in_loop = asyncio.Event()
         self._count = 0
-        self._dead = False
+        self.is_dead = False
         self._lock = threading.Lock()
 
     def _is_stop(self, label: str) -> bool:
         with self._lock:
-            if self._dead:
+            if self.is_dead:
                 raise Stopped
             number, self._count = self._count, self._count + 1
             if number != self.stop_at:
                 return False
             self.point = label
-            self._dead = not self.sleeps
+            self.is_dead = not self.sleeps
             return True
 
     def __call__(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Any]) -> Any:
@@ -118,14 +118,9 @@ class _Life:
         await self._apass(f"after {label}")
         return given
 
-    @property
-    def is_dead(self) -> bool:
-        """Whether it was stopped, and does not only sleep."""
-        return self._dead
-
     def _refuse_dead(self, effect: Effect[Any]) -> None:
         """A dead process reads nothing either: whoever waits in it, or a worker, ends as on a closed log."""
-        if self._dead:
+        if self.is_dead:
             assert isinstance(effect, Write)
             raise refuse_finished(effect.operation.asked)
 
@@ -229,6 +224,8 @@ class CrashPoints:
         while stops is not None:
             crash = self._lived(stops)
             try:
+                if isinstance(crash.result, BaseException) and not isinstance(crash.result, Exception):
+                    raise crash.result
                 yield crash
             finally:
                 crash.log.close()
@@ -281,7 +278,7 @@ class CrashPoints:
             result.append(self._start(coordinator))
         except Stopped:
             pass
-        except BaseException as error:  # what ends a test is raised by whoever runs it, see `_crash`
+        except BaseException as error:  # what ends a test is raised by whoever runs it, in `__iter__`
             if not life.is_dead:
                 result.append(error)
         finally:
@@ -371,8 +368,6 @@ def _crash(
     sagas: list[SagaRecord],
     result: list[object],
 ) -> Crash:
-    if result and isinstance(result[0], BaseException) and not isinstance(result[0], Exception):
-        raise result[0]
     named = tuple(point for point in points if point is not None)
     return Crash(named, stops[: len(named)], log, coordinator, reports, sagas, result[0] if result else None)
 

@@ -110,6 +110,16 @@ class ExecutorStatements(Tables):
             )
         )
 
+    @cached_property
+    def claimed(self) -> Statement:
+        """Whether an executor's claim of an epoch is there."""
+        c = self.saga.c
+        return Statement(
+            select(c.saga_id).where(
+                c.saga_id == bind("id_"), c.epoch == bind("epoch_"), c.executor_id == bind("executor_")
+            )
+        )
+
     # Submitted sagas
 
     @cached_property
