@@ -35,6 +35,17 @@ _SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "interrupt": signal.
 LONGEST = 120.0
 
 
+def until(found: Callable[[], Any]) -> Any:
+    """What another process, or the heartbeat, brings about: looked for until it is there."""
+    deadline = time.monotonic() + LONGEST
+    while time.monotonic() < deadline:
+        answer = found()
+        if answer:
+            return answer
+        time.sleep(0.01)
+    raise TimeoutError("it did not come about")
+
+
 def forked() -> int:
     """`os.fork`, without its warning of a test runner's threads."""
     with warnings.catch_warnings():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, event, make_url
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sagalog import AsyncSagaLog, InvalidTransition, LogUnavailable, SagaLog, SagaLogError, SagaOutcome
@@ -222,6 +222,28 @@ def test_an_ending_that_waits_for_a_step_that_is_rolled_back_ends_the_saga(postg
         connection.rollback()
         ended.result(30)
     assert (log.get(1).state, log.get(1).steps) == ("completed", ())
+    engine.dispose()
+
+
+def test_an_operator_who_settles_a_step_waits_for_the_sagas_row_first(postgres_url: str) -> None:
+    engine = create_engine(postgres_url)
+    log = SagaLog(engine)
+    log.start_saga(1, "s", None)
+    log.start_step(1, 0, "c", None)
+    log.finish_step(1, 0, None)
+    log.terminate(1, SagaOutcome.failed("no stock"))
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE saga SET epoch = 1"))
+    with ThreadPoolExecutor(1) as pool, engine.connect() as connection, engine.connect() as watcher:
+        undoing = SagaLog(connection)
+        undoing.mark_compensating(1)
+        settled = pool.submit(log.resolve_step, 1, 0, "compensated", note="by hand", actor="ann")
+        _wait_for_lock(watcher)
+        undoing.mark_step_compensated(1, 0)
+        connection.commit()
+        with pytest.raises(InvalidTransition):
+            settled.result(30)
+    assert [step.state for step in log.get(1).steps] == ["compensated"]
     engine.dispose()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -26,7 +25,7 @@ from sagalog import (
     StepInfo,
 )
 from tests.coordinating import row_held
-from tests.processes import LONGEST, Child, Life, records
+from tests.processes import LONGEST, Child, Life, records, until
 
 
 class Hold(Command[None]):
@@ -116,17 +115,6 @@ def stage(migrated_url: str) -> Iterator[Stage]:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(4) as made:
         yield made
-
-
-def until(found: Callable[[], Any]) -> Any:
-    """What another process, or the heartbeat, brings about: looked for until it is there."""
-    deadline = time.monotonic() + LONGEST
-    while time.monotonic() < deadline:
-        answer = found()
-        if answer:
-            return answer
-        time.sleep(0.01)
-    raise TimeoutError("it did not come about")
 
 
 def recovered(coordinator: SagaCoordinator) -> RecoveryReport:

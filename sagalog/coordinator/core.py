@@ -98,57 +98,66 @@ class Core:
 
     async def registered(self) -> None:
         """Hold the lease before anything is owned under it."""
-        if self.executor.is_due():
-            if self.environment is not None and not self.executor.is_registered:
+        executor = self.executor
+        if executor.is_due():
+            executor_id = executor.executor_id
+            if self.environment is not None and not executor.is_registered:
                 await Write(claiming.environment(self.environment))  # a copy of this log will know it by that
-            await Write(self.executor.renewal())
-            self.executor.renewed()
+            await Write(executor.renewal(executor_id))
+            executor.renewed(executor_id)
 
     async def run(self, definition: Definition, input: Any, key: str | None) -> Any:
         """Start a saga and bring it to its end."""
         text = _input_text(definition, input, key)
         input = definition.as_held(input, text, "run")
-        await self.registered()
         token = new_token()
         deadline = deadline_of(definition)
-        beginning = owning.begin_saga(
-            definition.name,
-            text,
-            key=key,
-            version=definition.version,
-            executor_id=self.executor.executor_id,
-            deadline_at=deadline,
-            token=token,
-            same=definition.same_input(input),
-        )
-        try:
-            begun = await self._taking(
-                _written(beginning), lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None
+
+        async def beginning(executor_id: str) -> Drawn:
+            begin = owning.begin_saga(
+                definition.name,
+                text,
+                key=key,
+                version=definition.version,
+                executor_id=executor_id,
+                deadline_at=deadline,
+                token=token,
+                same=definition.same_input(input),
             )
-        except BaseException as error:
-            if isinstance(error, LogUnavailable) or not isinstance(error, Exception | GeneratorExit):
-                await self._not_begun(token)
-            raise
+            try:
+                return await _written(begin)
+            except BaseException as error:
+                if isinstance(error, LogUnavailable) or not isinstance(error, Exception | GeneratorExit):
+                    await self._not_begun(token, executor_id)
+                raise
+
+        begun = await self._taking(beginning, lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None)
         if not begun.created:
             return await self.outcome(definition, begun.saga_id)
         fence = Fence(begun.saga_id, 1)
         run = Run(self.policy, definition, fence, token, name=definition.name, deadline_at=deadline)
         return await self.owning(fence, execute, run, definition, input)
 
-    async def _not_begun(self, token: str) -> None:
+    async def _not_begun(self, token: str, executor_id: str) -> None:
         """It may be in the log all the same, and nobody here works on it."""
         try:
-            await Write(owning.release_begun(token, self.executor.executor_id))
-        except Exception as error:
-            _log.warning("a saga may have been begun, and could not be given back: %s", error)
+            await Write(owning.release_begun(token, executor_id))
+        except Exception:
+            self.executor.strand_begun(token, executor_id)
 
-    async def _taking(self, writing: Awaitable[T], fence_of: Callable[[T], Fence | None]) -> T:
-        """Make a saga this process's; until the answer is here, no other thread takes it for one that was left."""
+    async def _taking(self, writing: Callable[[str], Awaitable[T]], fence_of: Callable[[T], Fence | None]) -> T:
+        """Make a saga this process's; until the answer is here, no other thread takes it for one that was left.
+
+        Args:
+            writing: Writes it, under the identity that it is given.
+            fence_of: What the answer gives.
+        """
         executor, ticket = self.executor, object()
         coming, active = executor.coming, executor.active
-        coming.add(ticket)
+        executor.come(ticket)
         try:
-            answer: T = await writing
+            await self.registered()
+            answer: T = await writing(executor.executor_id)
             fence = fence_of(answer)
             if fence is not None:
                 active[fence.saga_id] = fence
@@ -156,22 +165,24 @@ class Core:
         finally:
             coming.discard(ticket)
 
-    async def claimed(self, claim: Operation[bool], fence: Fence, wanted: Callable[[], bool] = always) -> bool:
+    async def claimed(
+        self, claim: Callable[[str], Operation[bool]], fence: Fence, wanted: Callable[[], bool] = always
+    ) -> bool:
         """Whether a claim of this process won; no two of its threads claim a saga at once, for a claim names no thread.
 
         Args:
-            claim: The claim.
+            claim: The claim of an executor.
             fence: What it gives.
             wanted: Asked once more, when whoever gives the lease up waits for the claim's end already.
         """
 
-        async def claiming() -> bool:
-            return wanted() and await Write(claim)
+        async def claiming(executor_id: str) -> bool:
+            return wanted() and await Write(claim(executor_id))
 
         if self.executor.claiming.setdefault(fence.saga_id, fence) is not fence:
             return False
         try:
-            return await self._taking(claiming(), lambda won: fence if won else None)
+            return await self._taking(claiming, lambda won: fence if won else None)
         except LogUnavailable as error:
             if error.found != LOCK_HELD:
                 self.executor.strand(fence)  # it may be this process's all the same

@@ -27,6 +27,8 @@ from sagalog.moments import now_ms
 
 _log = logging.getLogger("sagalog")
 _WRITTEN = "written"
+_ENDS_WITHIN = 10.0
+"""Seconds in which the thread of an identity that is given up ends."""
 
 
 class _NothingToKeep(Exception):
@@ -58,10 +60,10 @@ class Executor:
         self.coming: set[object] = set()
         self.claiming: dict[int, Fence] = {}
         self._wake = threading.Condition()
-        self._starting = threading.Lock()
+        self._changing = threading.RLock()  # a signal's handler may close the coordinator
         self._watched: dict[int, tuple[float, Fence, int, float]] = {}
         self._tickets = itertools.count()
-        self._stranded: list[Fence] = []
+        self._stranded: list[tuple[Operation[None], str]] = []
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._registered = False
@@ -82,9 +84,14 @@ class Executor:
         """The lease in milliseconds."""
         return int(self.lease * 1000)
 
-    def renewal(self) -> Operation[None]:
-        """What renews the lease."""
-        return claiming.renew(self.executor_id, self.label, self.lease_ms)
+    def come(self, ticket: object) -> None:
+        """A saga is about to be this process's: until it is, or is not, the identity is not given up."""
+        with self._changing:
+            self.coming.add(ticket)
+
+    def renewal(self, executor_id: str) -> Operation[None]:
+        """What renews the lease of this identity."""
+        return claiming.renew(executor_id, self.label, self.lease_ms)
 
     def is_due(self) -> bool:
         """Whether the coordinator itself must renew before it goes on: at first, after a fork, or with no thread."""
@@ -98,15 +105,17 @@ class Executor:
         """Whether the lease was written since the start."""
         return self._registered
 
-    def renewed(self) -> None:
-        """The lease was written; the thread takes over, if it can."""
-        self._renew_at = time.monotonic() + self.lease / 3
-        with self._starting:
+    def renewed(self, executor_id: str) -> None:
+        """The lease of this identity was written; the thread takes over, if it can."""
+        with self._changing:
+            if executor_id != self.executor_id:
+                return  # it was given up meanwhile
+            self._renew_at = time.monotonic() + self.lease / 3
             self._registered = True
             apart = None if self._is_kept() else self._apart()
             if apart is None:
                 return
-            keeping = (apart, self._closing)
+            keeping = (executor_id, apart, self._closing)
             thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
             try:
                 thread.start()
@@ -140,50 +149,66 @@ class Executor:
 
     def strand(self, fence: Fence) -> None:
         """A saga that this process stopped working on, and could not give back."""
+        release = owning.release(fence, self.executor_id, counted=True)
+        self._give_back_later(release, f"saga {fence.saga_id} stays here")
+
+    def strand_begun(self, token: str, executor_id: str) -> None:
+        """A saga may have been begun under this token, and could not be given back."""
+        self._give_back_later(owning.release_begun(token, executor_id), "a saga that may have been begun stays here")
+
+    def _give_back_later(self, release: Operation[None], problem: str) -> None:
         with self._wake:
-            self._stranded.append(fence)
+            self._stranded.append((release, problem))
             self._wake.notify()
 
     def retirement(self) -> Operation[None] | None:
-        """Stop, and what then gives the lease up; None if nothing is held, or still in use."""
-        if self.active or self.coming:
-            return None  # somebody still works under it, or is about to
-        held = self._registered
-        self.stop()
-        return claiming.retire(self.executor_id) if held else None
+        """Give the identity up, and what then gives up its lease; None if nothing is held, or still in use.
 
-    def stop(self, seconds: float = 10.0) -> None:
-        """Stop the thread; the lease runs out by itself.
-
-        Args:
-            seconds: How long to wait for it.
+        What begins after it begins under another identity, whose lease nobody gives up.
         """
+        with self._changing:
+            if self.coming or self.active:  # in this order: what comes moves from one to the other
+                return None
+            if not self._registered:
+                return None
+            retired, self.executor_id = self.executor_id, uuid.uuid4().hex
+            thread = self._stop()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout=_ENDS_WITHIN)  # it would write the lease once more
+        return claiming.retire(retired)
+
+    def stop(self) -> None:
+        """Stop the thread, without waiting for it; the lease runs out by itself."""
+        with self._changing:
+            self._stop()
+
+    def _stop(self) -> threading.Thread | None:
         with self._wake:
             self._closing.set()  # for ever, of a thread that is held up now and comes to look later
             self._closing = threading.Event()
             self._wake.notify()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=seconds)
-        self._thread = None
+        thread, self._thread = self._thread, None
         self._registered = False
+        return thread
 
     # The thread
 
-    def _keep(self, apart: Apart, closing: threading.Event) -> None:
+    def _keep(self, executor_id: str, apart: Apart, closing: threading.Event) -> None:
         try:
             while self._wait(closing):
-                self._renew_if_due(apart)
+                self._renew_if_due(executor_id, apart)
                 self._give_up_overdue(apart)
-                self._give_back(apart)
+                self._give_back(executor_id, apart)
         except _NothingToKeep:
             pass  # nobody can write under this lease any more
         finally:
             apart.close()
 
-    def _renew_if_due(self, apart: Apart) -> None:
+    def _renew_if_due(self, executor_id: str, apart: Apart) -> None:
         if time.monotonic() >= self._renew_at:
-            done = self._attempt(apart, self.renewal(), "the lease could not be renewed")
-            self._renew_at = time.monotonic() + (self.lease / 3 if done == _WRITTEN else min(1.0, self.lease / 10))
+            done = self._attempt(apart, self.renewal(executor_id), "the lease could not be renewed")
+            if executor_id == self.executor_id:
+                self._renew_at = time.monotonic() + (self.lease / 3 if done == _WRITTEN else min(1.0, self.lease / 10))
 
     def _wait(self, closing: threading.Event) -> bool:
         with self._wake:
@@ -208,15 +233,14 @@ class Executor:
                     self.active.pop(fence.saga_id, None)  # its own thread may have ended it in between
                     self.given_up.add(fence)
 
-    def _give_back(self, apart: Apart) -> None:
+    def _give_back(self, executor_id: str, apart: Apart) -> None:
         with self._wake:
             stranded, self._stranded = self._stranded, []
-        for fence in stranded:
-            self._renew_if_due(apart)  # each may wait for a lock
-            release = owning.release(fence, self.executor_id, counted=True)
-            if self._attempt(apart, release, f"saga {fence.saga_id} stays here") is None:
+        for release, problem in stranded:
+            self._renew_if_due(executor_id, apart)  # each may wait for a lock
+            if self._attempt(apart, release, problem) is None:
                 time.sleep(min(1.0, self.lease / 10))
-                self._stranded.append(fence)
+                self._stranded.append((release, problem))
 
     def _attempt(self, apart: Apart, operation: Operation[Any], problem: str) -> str | None:
         """`_WRITTEN`, or the code of the refusal; None if it has to be tried again."""

@@ -81,7 +81,6 @@ class Recovery:
         definitions: The sagas that this process knows, by name.
         on_crash: "compensate" or "resume".
         max_recoveries: After so many take-overs a saga goes to a person.
-        executor_id: This process.
         again: Whether an operator wants what is in doubt to be sent again, once, under its key.
     """
 
@@ -89,16 +88,16 @@ class Recovery:
     definitions: Mapping[str, Definition]
     on_crash: OnCrash
     max_recoveries: int
-    executor_id: str
     again: bool = False
 
 
-async def finish_claimed(recovery: Recovery, fence: Fence) -> End | None:
+async def finish_claimed(recovery: Recovery, fence: Fence, executor_id: str) -> End | None:
     """Bring a saga that was just claimed to an end.
 
     Args:
         recovery: What decides.
         fence: The claim.
+        executor_id: Who claimed.
 
     Returns:
         How it ended, or what it waits for; None if it was taken over again meanwhile.
@@ -115,7 +114,7 @@ async def finish_claimed(recovery: Recovery, fence: Fence) -> End | None:
         return await to_person(unread, f"its rows cannot be read: {error}")
     end = await _resolved(recovery, run, record)
     if end.waits is not None:
-        await Write(owning.release(fence, recovery.executor_id, counted=False))
+        await Write(owning.release(fence, executor_id, counted=False))
     return end
 
 

@@ -97,7 +97,7 @@ class Shell:
 
     @property
     def executor_id(self) -> str:
-        """This process's identity in the log; another one after a fork."""
+        """This process's identity in the log; another one after a fork, and after `close()`."""
         return self._core.executor.executor_id
 
     def saga(

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from sagalog.coordinator.core import Core, always, deadline_of
@@ -95,15 +96,14 @@ class TakingCore(Core):
             self.definitions,
             self.on_crash,
             max(1, self.max_recoveries),
-            self.executor.executor_id,
             again,
         )
         target = forward_or_back(recovery, record)
         refuse_unknown(recovery, record)
         fence = Fence(saga_id, (record.epoch or 0) + 1)
-        reopened = reopening.reopen(fence, target, self.executor.executor_id, note=note, actor=actor, again=again)
+        reopened = partial(reopening.reopen, fence, target, note=note, actor=actor, again=again)
         if await self.claimed(reopened, fence):
-            end = await self.owning(fence, finish_claimed, recovery, fence)
+            end = await self.owning(fence, finish_claimed, recovery, fence, self.executor.executor_id)
             if end is not None and end.waits is not None:
                 _log.warning("saga %s (%s) waits: %s; recover() goes on with it", saga_id, record.name, end.waits)
         return await Write(reading.get(saga_id))
@@ -142,16 +142,15 @@ class TakingCore(Core):
         Returns:
             1 if it was taken over and not left again, else 0.
         """
-        executor_id = self.executor.executor_id
-        recovery = Recovery(self.policy, self.definitions, self.on_crash, self.max_recoveries, executor_id)
+        recovery = Recovery(self.policy, self.definitions, self.on_crash, self.max_recoveries)
         fence = Fence(seen.saga_id, seen.epoch + 1)
         try:
-            won = await self._wins(claiming.claim(seen, executor_id, adopt=adopt), fence, wanted)
+            won = await self._wins(partial(claiming.claim, seen, adopt=adopt), fence, wanted)
             if won is None:
                 report.left.append(Left(seen.saga_id, seen.name, "another transaction holds its row"))
             if not won:
                 return 0
-            end = await self.owning(fence, finish_claimed, recovery, fence)
+            end = await self.owning(fence, finish_claimed, recovery, fence, self.executor.executor_id)
         except LeaseLost:
             return 0
         except BaseException as error:
@@ -170,7 +169,9 @@ class TakingCore(Core):
         report.add(seen.saga_id, seen.name, end)
         return 0 if end.waits is not None else 1  # what waits would otherwise use up every limit
 
-    async def _wins(self, claim: Operation[bool], fence: Fence, wanted: Callable[[], bool]) -> bool | None:
+    async def _wins(
+        self, claim: Callable[[str], Operation[bool]], fence: Fence, wanted: Callable[[], bool]
+    ) -> bool | None:
         """Whether a claim won; None if another transaction holds the saga's row."""
         try:
             return await self.claimed(claim, fence, wanted)
@@ -250,7 +251,7 @@ class TakingCore(Core):
             return None
         deadline = deadline_of(definition)
         fence = Fence(seen.saga_id, seen.epoch + 1)
-        claim = claiming.claim_submitted(seen, self.executor.executor_id, definition.version, deadline)
+        claim = partial(claiming.claim_submitted, seen, version=definition.version, deadline_at=deadline)
         if not await self._wins(claim, fence, wanted):
             return None
         run = Run(self.policy, definition, fence, record.token or "", name=definition.name, deadline_at=deadline)

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sagalog.coordinator.effects import adrive, drive
 from sagalog.coordinator.listening import Listener, alisten
@@ -44,7 +44,7 @@ def _limit(grace: float, seconds: float) -> float | None:
 
 
 class _Slots:
-    """What a worker is doing, and how it looks for more."""
+    """What a worker is doing from one start to its shutdown, and how it looks for more."""
 
     def __init__(self, core: TakingCore, concurrency: int, poll: float) -> None:
         if type(concurrency) is not int or concurrency < 1 or not is_seconds(poll):
@@ -60,14 +60,9 @@ class _Slots:
         self.stopping = threading.Event()
         self._trouble: tuple[str, object] | None = None
 
-    def begin(self) -> threading.Event:
-        """Begin to look for work.
-
-        Returns:
-            What tells that look to stop, however often it is begun anew.
-        """
-        self.stopping = threading.Event()
-        return self.stopping
+    def anew(self) -> _Slots:
+        """Those of another start: an earlier one may still be ending."""
+        return _Slots(self.core, self.concurrency, self.poll)
 
     def is_wanted(self) -> bool:
         """Whether a claim that is under way is still wanted."""
@@ -86,7 +81,7 @@ class _Slots:
     def left_running(self) -> None:
         """The database does not answer, so nothing could be given up: the lease runs out by itself."""
         _log.warning("the worker ends, though the log does not answer; the lease runs out by itself")
-        self.core.executor.stop(seconds=0)
+        self.core.executor.stop()
 
     async def more(self) -> list[Job]:
         """What to begin now."""
@@ -131,18 +126,25 @@ class _Slots:
             _log.error("saga %s (%s) raised", job.seen.saga_id, job.seen.name, exc_info=error)
 
 
+class _Running(NamedTuple):
+    """One start of a worker."""
+
+    slots: _Slots
+    looking: threading.Thread
+    listener: Listener | None
+
+
 class Worker:
     """Runs submitted sagas and recovers, in threads of this process. Made by `SagaCoordinator.worker`."""
 
     def __init__(self, coordinator: SagaCoordinator, concurrency: int, poll: float) -> None:
         self._coordinator = coordinator
-        self._slots = _Slots(coordinator._core, concurrency, poll)
+        self._settings = _Slots(coordinator._core, concurrency, poll)
         self._wake = threading.Condition()
         self._told = False
         self._pid = 0
-        self._thread: threading.Thread | None = None
+        self._running: _Running | None = None
         self._starting = threading.Lock()
-        self._listener: Listener | None = None
 
     def start(self) -> None:
         """Begin; in a process that was forked since, begin there. Calling it again does nothing.
@@ -151,18 +153,19 @@ class Worker:
             WrongEnvironment: The log belongs to another environment.
         """
         with self._starting:
-            if self._thread is None or self._pid != os.getpid():
+            if self._running is None or self._pid != os.getpid():
                 self._start()
 
     def _start(self) -> None:
-        drive(self._slots.core.check_environment(), self._coordinator._perform)
+        drive(self._settings.core.check_environment(), self._coordinator._perform)
+        if self._pid != os.getpid():
+            self._wake = threading.Condition()  # the parent's may be held for ever
         self._pid = os.getpid()
-        self._slots.busy.clear()
-        stopping = self._slots.begin()
-        self._wake = threading.Condition()
-        self._listener = Listener.on(self._coordinator.log, self.wake)
-        self._thread = threading.Thread(target=self._look, args=(stopping,), name="sagalog-worker", daemon=True)
-        self._thread.start()
+        slots = self._settings.anew()
+        looking = threading.Thread(target=self._look, args=(slots,), name="sagalog-worker", daemon=True)
+        listener = Listener.on(self._coordinator.log, self.wake)
+        looking.start()
+        self._running = _Running(slots, looking, listener)
 
     def wake(self) -> None:
         """Look for work now."""
@@ -178,17 +181,17 @@ class Worker:
                 nothing that its thread does afterwards is written.
         """
         _check_grace(grace)
-        thread, self._thread = self._thread, None
-        if thread is None or self._pid != os.getpid():
+        running, self._running = self._running, None
+        if running is None or self._pid != os.getpid():
             return
         with self._wake:
-            self._slots.stopping.set()
+            running.slots.stopping.set()
             self._wake.notify_all()
         raised: list[BaseException] = []
 
         def end() -> None:
             try:
-                self._end(thread, grace)
+                self._end(running, grace)
             except BaseException as error:
                 raised.append(error)
 
@@ -196,30 +199,31 @@ class Worker:
         try:
             ending.start()
         except RuntimeError:  # the process may have no more threads now
-            self._end(thread, grace)
+            self._end(running, grace)
             return
         ending.join(_limit(grace, _ANSWERS_WITHIN))
         if ending.is_alive():
-            self._slots.left_running()
+            running.slots.left_running()
         if raised:
             raise raised[0]
 
-    def _end(self, looking: threading.Thread, grace: float) -> None:
+    def _end(self, running: _Running, grace: float) -> None:
         until = time.monotonic() + grace
+        slots, looking, listener = running
         looking.join()
-        if self._listener is not None:
-            self._listener.close()
+        if listener is not None:
+            listener.close()
         with self._wake:
-            while self._slots.busy and (seconds := until - time.monotonic()) > 0:
+            while slots.busy and (seconds := until - time.monotonic()) > 0:
                 self._wake.wait(min(seconds, _LONGEST_WAIT))
-        executor = self._slots.core.executor
+        executor = slots.core.executor
         under_way = set(executor.coming)
         while under_way & executor.coming:
             time.sleep(MOMENT)  # a claim that is under way is decided first: it would be won without a lease
-        for saga_id in list(self._slots.busy):
-            fence = self._slots.fence_of(saga_id)
+        for saga_id in list(slots.busy):
+            fence = slots.fence_of(saga_id)
             if fence is not None:
-                self._slots.given_up(fence, self._give_up(fence))
+                slots.given_up(fence, self._give_up(fence))
         self._coordinator.close()
 
     def _give_up(self, fence: Fence) -> LogUnavailable | None:
@@ -238,38 +242,47 @@ class Worker:
     ) -> None:
         self.shutdown()
 
-    def _look(self, stopping: threading.Event) -> None:
-        while not stopping.is_set():
+    def _look(self, slots: _Slots) -> None:
+        while not slots.stopping.is_set():
             found: list[Job] = []
             try:
-                found = drive(self._slots.more(), self._coordinator._perform)
+                found = drive(slots.more(), self._coordinator._perform)
             except Exception as error:
-                if not self._slots.may_look_again(error):
+                if not slots.may_look_again(error):
                     break
             for job in found:
-                self._begin(job)
+                self._begin(slots, job)
             with self._wake:
-                if not self._told and not stopping.is_set():
-                    self._wake.wait(self._slots.poll)
+                if not self._told and not slots.stopping.is_set():
+                    self._wake.wait(slots.poll)
                 self._told = False
 
-    def _begin(self, job: Job) -> None:
+    def _begin(self, slots: _Slots, job: Job) -> None:
         try:
-            threading.Thread(target=self._do, args=(job,), name="sagalog-saga", daemon=True).start()
+            threading.Thread(target=self._do, args=(slots, job), name="sagalog-saga", daemon=True).start()
         except RuntimeError as error:  # the process may have no more threads now
-            self._slots.told(job, error)
-            self._slots.over(job)
+            slots.told(job, error)
+            slots.over(job)
 
-    def _do(self, job: Job) -> None:
+    def _do(self, slots: _Slots, job: Job) -> None:
         try:
-            drive(self._slots.core.do(job, self._slots.is_wanted), self._coordinator._perform)
+            drive(slots.core.do(job, slots.is_wanted), self._coordinator._perform)
         except BaseException as error:
-            self._slots.told(job, error)
+            slots.told(job, error)
         finally:
             with self._wake:
-                self._slots.over(job)
+                slots.over(job)
                 self._told = True
                 self._wake.notify_all()
+
+
+class _RunningInTasks(NamedTuple):
+    """One start of an async worker; the tasks are of its sagas."""
+
+    slots: _Slots
+    tasks: set[asyncio.Task[Any]]
+    looking: asyncio.Task[None]
+    listening: asyncio.Task[None]
 
 
 class AsyncWorker:
@@ -277,25 +290,25 @@ class AsyncWorker:
 
     def __init__(self, coordinator: AsyncSagaCoordinator, concurrency: int, poll: float) -> None:
         self._coordinator = coordinator
-        self._slots = _Slots(coordinator._core, concurrency, poll)
+        self._settings = _Slots(coordinator._core, concurrency, poll)
         self._wake = asyncio.Event()
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._looking: asyncio.Task[None] | None = None
+        self._running: _RunningInTasks | None = None
         self._starting = asyncio.Lock()
-        self._listening: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """See `Worker.start`."""
         async with self._starting:
-            if self._looking is None:
+            if self._running is None:
                 await self._start()
 
     async def _start(self) -> None:
-        await adrive(self._slots.core.check_environment(), self._coordinator._perform)
-        stopping = self._slots.begin()
+        await adrive(self._settings.core.check_environment(), self._coordinator._perform)
+        slots = self._settings.anew()
+        tasks: set[asyncio.Task[Any]] = set()
         self._wake = asyncio.Event()
-        self._listening = asyncio.create_task(alisten(self._coordinator.log, self.wake))
-        self._looking = asyncio.create_task(self._look(stopping))
+        listening = asyncio.create_task(alisten(self._coordinator.log, self.wake))
+        looking = asyncio.create_task(self._look(slots, tasks))
+        self._running = _RunningInTasks(slots, tasks, looking, listening)
 
     def wake(self) -> None:
         """Look for work now."""
@@ -304,12 +317,12 @@ class AsyncWorker:
     async def shutdown(self, grace: float = 10.0) -> None:
         """See `Worker.shutdown`; what runs longer is cancelled, and recovery decides."""
         _check_grace(grace)
-        looking, self._looking = self._looking, None
-        if looking is None:
+        running, self._running = self._running, None
+        if running is None:
             return
-        self._slots.stopping.set()
+        running.slots.stopping.set()
         self.wake()
-        ending = asyncio.create_task(self._end(looking, grace))
+        ending = asyncio.create_task(self._end(running, grace))
         try:
             await asyncio.wait({ending}, timeout=_limit(grace, _CANCELLED_WITHIN + _ANSWERS_WITHIN))
         except asyncio.CancelledError:
@@ -318,24 +331,23 @@ class AsyncWorker:
         if ending.done():
             ending.result()
         else:
-            self._slots.left_running()
+            running.slots.left_running()
 
-    async def _end(self, looking: asyncio.Task[None], grace: float) -> None:
+    async def _end(self, running: _RunningInTasks, grace: float) -> None:
+        slots, tasks, looking, listening = running
         await looking
-        if self._listening is not None:
-            self._listening.cancel()
-            await asyncio.gather(self._listening, return_exceptions=True)
-        tasks = list(self._tasks)
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
         if tasks:
-            _, late = await asyncio.wait(tasks, timeout=grace)
+            _, late = await asyncio.wait(list(tasks), timeout=grace)
             for task in late:
                 task.cancel()
             if late:
                 await asyncio.wait(late, timeout=_CANCELLED_WITHIN)
-            for saga_id in list(self._slots.busy):
-                fence = self._slots.fence_of(saga_id)
+            for saga_id in list(slots.busy):
+                fence = slots.fence_of(saga_id)
                 if fence is not None:
-                    self._slots.given_up(fence, await self._give_up(fence))
+                    slots.given_up(fence, await self._give_up(fence))
         await self._coordinator.close()
 
     async def _give_up(self, fence: Fence) -> LogUnavailable | None:
@@ -354,9 +366,8 @@ class AsyncWorker:
     ) -> None:
         await self.shutdown()
 
-    async def _look(self, stopping: threading.Event) -> None:
-        slots = self._slots
-        while not stopping.is_set():
+    async def _look(self, slots: _Slots, tasks: set[asyncio.Task[Any]]) -> None:
+        while not slots.stopping.is_set():
             self._wake.clear()
             found: list[Job] = []
             try:
@@ -365,20 +376,20 @@ class AsyncWorker:
                 if not slots.may_look_again(error):
                     break
             for job in found:
-                task = asyncio.create_task(self._do(job))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                task = asyncio.create_task(self._do(slots, job))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
             try:
                 async with asyncio.timeout(slots.poll):
                     await self._wake.wait()
             except TimeoutError:
                 pass
 
-    async def _do(self, job: Job) -> None:
+    async def _do(self, slots: _Slots, job: Job) -> None:
         try:
-            await adrive(self._slots.core.do(job, self._slots.is_wanted), self._coordinator._perform)
+            await adrive(slots.core.do(job, slots.is_wanted), self._coordinator._perform)
         except Exception as error:
-            self._slots.told(job, error)
+            slots.told(job, error)
         finally:
-            self._slots.over(job)
+            slots.over(job)
             self.wake()

@@ -100,6 +100,8 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
     output = encode({"error": note}, asked, saga_id, step_index) if target is StepState.FAILED else None
 
     def run(db: Database) -> None:
+        if db.on_postgres:
+            db.fetch(db.sql.lock_saga, id_=saga_id)  # before the step's, as its owner does
         rows = db.fetch(db.sql.step_row, id_=saga_id, index_=step_index)
         now = db.now()
         values = {"id_": saga_id, "index_": step_index, "output_": output, "at_": now}
