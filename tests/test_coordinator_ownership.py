@@ -162,9 +162,16 @@ def test_a_worker_passes_unknown_sagas(log: SagaLog, submitted: bool) -> None:
                 coordinator.wait(known, timeout=30)
 
 
-def test_a_worker_does_not_take_a_saga_again_and_again_that_it_cannot_undo(log: SagaLog) -> None:
+@pytest.mark.parametrize("ends", ["refused", "raising"])
+def test_a_worker_does_not_take_a_saga_again_and_again_that_it_cannot_undo(log: SagaLog, ends: str) -> None:
     shop = Shop(releases=False)
-    with SagaCoordinator(log, shop.bus) as here, pytest.raises(SagaFailed):
+    if ends == "raising":
+
+        @shop.bus.handler(idempotent=True)
+        def do_release(cmd: Release) -> None:
+            raise Killed
+
+    with SagaCoordinator(log, shop.bus) as here, pytest.raises((SagaFailed, Killed)):
         here.run(reserving(here, fails=True), 1)
     before = log.get(1).epoch
     coordinator = SagaCoordinator(log, shop.bus)
