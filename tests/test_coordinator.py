@@ -11,7 +11,6 @@ import pytest
 from pydantic import BaseModel
 
 from sagalog import (
-    InvalidTransition,
     KeyConflict,
     PayloadError,
     Retry,
@@ -21,7 +20,7 @@ from sagalog import (
     StepRejected,
     UnusableHandler,
 )
-from tests.coordinating import NO_STOCK, Charge, Killed, Order, Refund, Release, Reserve, Shop, Stage
+from tests.coordinating import NO_STOCK, Charge, Killed, Order, Refund, Release, Reserve, Shop, Stage, placing
 
 
 class Look(BaseModel):
@@ -33,18 +32,6 @@ SOON = Retry(attempts=3, initial=0.001)
 
 def states(record: Any) -> list[str]:
     return [f"{step.name} {step.state}" for step in record.steps]
-
-
-def placing(coordinator: Any, then: Any = None, **options: Any) -> None:
-    """An order's saga: reserve, charge; and `then`, a function of the context."""
-
-    @coordinator.saga("place_order", **options)
-    def place_order(ctx: Any, order: Order) -> int:
-        ctx.dispatch(Reserve(sku=order.sku))
-        charged = ctx.dispatch(Charge(amount=order.amount))
-        if then is not None:
-            then(ctx)
-        return int(charged.amount)
 
 
 def boom(ctx: Any) -> None:
@@ -82,6 +69,28 @@ def test_a_key_with_another_input_is_refused(stage: Stage) -> None:
     coordinator.run("place_order", Order(), key="order-1")
     with pytest.raises(KeyConflict):
         coordinator.run("place_order", Order(amount=8), key="order-1")
+
+
+class Tagged(BaseModel):
+    tags: set[str]
+
+
+def test_an_input_that_another_process_writes_otherwise_is_the_same_under_its_key(stage: Stage) -> None:
+    """The order of a set of strings differs by process."""
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("tags")
+    def tags(ctx: Any, input: Tagged) -> int:
+        return len(input.tags)
+
+    given = Tagged(tags={"a", "b", "c"})
+    assert coordinator.run("tags", given, key="k") == 3
+    for order in ('["a","b","c"]', '["c","b","a"]', '["b","a","c"]'):
+        stage.sql("UPDATE saga SET input_json = :text", text=f'{{"tags":{order}}}')
+        assert coordinator.run("tags", given, key="k") == 3
+        assert coordinator.submit("tags", given, key="k") == 1
+    with pytest.raises(KeyConflict):
+        coordinator.run("tags", Tagged(tags={"a"}), key="k")
 
 
 def test_a_key_that_was_undone_raises_the_recorded_failure(stage: Stage) -> None:
@@ -540,61 +549,6 @@ def test_a_context_is_of_no_use_after_its_saga(stage: Stage) -> None:
     coordinator.run("place_order", Order())
     with pytest.raises(UnusableHandler, match="has returned"):
         kept[0].dispatch(Reserve(sku="late"))
-
-
-def test_retry_by_an_operator_refuses_while_a_step_is_in_doubt_unless_told_again(stage: Stage) -> None:
-    shop = Shop(stage.bus)
-    shop.fails("charge", OSError("no answer"))
-    coordinator = stage.coordinator()
-    placing(coordinator)
-    with pytest.raises(SagaFailed) as failure:
-        coordinator.run("place_order", Order())
-    saga_id = failure.value.saga_id
-    with pytest.raises(InvalidTransition, match="resolve-step"):
-        coordinator.retry(saga_id, note="the bank is back", actor="ann")
-    assert stage.log.get(saga_id).state == "failed_compensation"
-    record = coordinator.retry(saga_id, note="the bank is back", actor="ann", again=True)
-    assert record.state == "compensated"
-    assert shop.calls == ["reserve", "charge", "charge", "refund", "release"]
-    assert len(shop.keys["charge"]) == 1
-    assert [(row.action, row.actor, row.state_after) for row in stage.log.audit(saga_id)] == [
-        ("retry", "ann", "compensating")
-    ]
-
-
-def test_retry_by_an_operator_undoes_what_an_undo_refused_before(stage: Stage) -> None:
-    shop = Shop(stage.bus)
-    shop.fails("refund", StepRejected("the account is closed"))
-    coordinator = stage.coordinator()
-    placing(coordinator, boom)
-    with pytest.raises(SagaFailed) as failure:
-        coordinator.run("place_order", Order())
-    record = coordinator.retry(failure.value.saga_id, note="it is open again", actor="ann")
-    assert record.state == "compensated"
-    assert shop.calls == ["reserve", "charge", "refund", "refund", "release"]
-    assert len(shop.keys["refund"]) == 1
-
-
-class Tagged(BaseModel):
-    tags: set[str]
-
-
-def test_an_input_that_another_process_writes_otherwise_is_the_same_under_its_key(stage: Stage) -> None:
-    """The order of a set of strings differs by process."""
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("tags")
-    def tags(ctx: Any, input: Tagged) -> int:
-        return len(input.tags)
-
-    given = Tagged(tags={"a", "b", "c"})
-    assert coordinator.run("tags", given, key="k") == 3
-    for order in ('["a","b","c"]', '["c","b","a"]', '["b","a","c"]'):
-        stage.sql("UPDATE saga SET input_json = :text", text=f'{{"tags":{order}}}')
-        assert coordinator.run("tags", given, key="k") == 3
-        assert coordinator.submit("tags", given, key="k") == 1
-    with pytest.raises(KeyConflict):
-        coordinator.run("tags", Tagged(tags={"a"}), key="k")
 
 
 def test_a_function_under_two_names_is_started_by_its_name_only(stage: Stage) -> None:

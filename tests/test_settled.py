@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from sagalog import (
+    InvalidTransition,
     Retry,
     SagaFailed,
+    StepRejected,
 )
 from tests.coordinating import (
     Charge,
@@ -159,3 +161,36 @@ def test_a_retry_that_meets_the_same_trouble_does_not_say_it_again(stage: Stage)
     reason = stage.log.get(1).failure_reason
     stage.sql("UPDATE saga_step SET deadline_at = 1")
     assert coordinator.retry(1, note="once more", actor="ann", again=True).failure_reason == reason
+
+
+def test_retry_by_an_operator_refuses_while_a_step_is_in_doubt_unless_told_again(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("charge", OSError("no answer"))
+    coordinator = stage.coordinator()
+    placing(coordinator)
+    with pytest.raises(SagaFailed) as failure:
+        coordinator.run("place_order", Order())
+    saga_id = failure.value.saga_id
+    with pytest.raises(InvalidTransition, match="resolve-step"):
+        coordinator.retry(saga_id, note="the bank is back", actor="ann")
+    assert stage.log.get(saga_id).state == "failed_compensation"
+    record = coordinator.retry(saga_id, note="the bank is back", actor="ann", again=True)
+    assert record.state == "compensated"
+    assert shop.calls == ["reserve", "charge", "charge", "refund", "release"]
+    assert len(shop.keys["charge"]) == 1
+    assert [(row.action, row.actor, row.state_after) for row in stage.log.audit(saga_id)] == [
+        ("retry", "ann", "compensating")
+    ]
+
+
+def test_retry_by_an_operator_undoes_what_an_undo_refused_before(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    shop.fails("refund", StepRejected("the account is closed"))
+    coordinator = stage.coordinator()
+    placing(coordinator, lambda ctx: ctx.dispatch("nonsense"))
+    with pytest.raises(SagaFailed) as failure:
+        coordinator.run("place_order", Order())
+    record = coordinator.retry(failure.value.saga_id, note="it is open again", actor="ann")
+    assert record.state == "compensated"
+    assert shop.calls == ["reserve", "charge", "refund", "refund", "release"]
+    assert len(shop.keys["refund"]) == 1
