@@ -53,7 +53,8 @@ class SagaLogError(Exception):
         self.step_index = step_index
         self.found = found
         self.hint = hint
-        super().__init__(" ".join(part for part in (f"{asked}: {problem}.", outcome, hint) if part))
+        stop = "" if problem.endswith((".", "!", "?")) else "."
+        super().__init__(" ".join(part for part in (f"{asked}: {problem}{stop}", outcome, hint) if part))
 
     @classmethod
     def in_hosts_revision(cls, step: str, problem: str, *, found: str, hint: str) -> SagaLogError:

@@ -228,6 +228,11 @@ def test_an_async_bind_is_told_to_use_the_async_face() -> None:
         SagaLog(engine)
 
 
+def test_a_url_of_an_async_driver_is_told_to_use_the_async_face() -> None:
+    with pytest.raises(UnusableBind, match=r"postgresql\+asyncpg is an async driver.*AsyncSagaLog"):
+        SagaLog.open("postgresql+asyncpg://nobody@localhost:1/shop")
+
+
 def test_a_transaction_that_sqlite_rolled_back_by_itself_cannot_be_half_committed(sqlite_path: Path) -> None:
     engine = create_engine(f"sqlite:///{sqlite_path}")
 

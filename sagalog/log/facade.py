@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeAlias, TypeVa
 from sqlalchemy import Connection, Engine, create_engine
 from sqlalchemy.orm import Session, scoped_session
 
+from sagalog.errors import UnusableBind
 from sagalog.log import operating, pruning, reading, reopening, sagas, steps, watching
 from sagalog.log.bind import Bind
 from sagalog.log.connections import Durability
@@ -120,6 +121,7 @@ class SagaLog:
         Raises:
             SchemaMissing, SchemaOutOfDate, SchemaTooNew: Not a schema to work on.
             NotASagaLog: The file is no database, or its tables are somebody else's.
+            UnusableBind: The URL is of another database, or of an async driver.
             LogUnavailable: It cannot be opened.
         """
         path, url = located(path_or_url)
@@ -127,6 +129,9 @@ class SagaLog:
             return cls._over(open_file(path, checked_durability(durability), migrate=migrate))
         assert url is not None
         engine = create_engine(url)
+        if engine.dialect.is_async:
+            hint = "Use AsyncSagaLog.open(), or a driver that blocks: postgresql+psycopg://host/name."
+            raise UnusableBind("open", f"{url.drivername} is an async driver", found=url.drivername, hint=hint)
         prepare_schema(engine, migrate=migrate, name=shown_url(url))
         return cls._over(EngineBind(engine, statements_at(Placement()), owned=True))
 
