@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine, event, text
 
 from sagalog import AsyncSagaCoordinator, AsyncSagaLog, SagaCoordinator, SagaLog, StepInfo
 from sagalog.coordinator.effects import Write
@@ -84,6 +84,27 @@ def test_a_start_that_was_lost_is_given_back_once_the_log_answers(log: SagaLog) 
             coordinator.run(saga, 5)
         assert until(lambda: another.recover().compensated) == [1]
     assert shop.verbs == []
+
+
+@pytest.mark.parametrize("by", ["recover", "worker"])
+def test_a_process_that_is_gone_for_days_is_forgotten_unless_a_saga_names_it(
+    log: SagaLog, migrated_url: str, by: str
+) -> None:
+    log.start_saga(1, "unknown here", None)
+    engine = create_engine(migrated_url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE saga SET executor_id = 'named', epoch = 1"))
+        for gone in ("named", "gone"):
+            values = {"id": gone}
+            connection.execute(text("INSERT INTO saga_executor VALUES (:id, :id, 1, 1)"), values)
+    engine.dispose()
+    with SagaCoordinator(log, Shop().bus) as coordinator:
+        if by == "recover":
+            coordinator.recover()
+        else:
+            with coordinator.worker():
+                until(lambda: "gone" not in [executor.executor_id for executor in log.executors()])
+    assert [executor.executor_id for executor in log.executors()] == ["named"]
 
 
 @pytest.mark.parametrize("driver", ["sync", "async"])

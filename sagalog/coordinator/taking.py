@@ -36,7 +36,7 @@ _log = logging.getLogger("sagalog")
 _PAGE = 1000
 _FAIRNESS = 4
 _LOOK_BACK_MS = 1000
-_FORGOTTEN_AFTER_MS = 24 * 3600 * 1000
+_FORGOTTEN_AFTER_MS, _FORGETS_EACH_MS = 24 * 3600 * 1000, 3600 * 1000
 _FIRST_PAUSE_MS, _LONGEST_PAUSE_MS = 500, 30_000
 
 
@@ -55,11 +55,13 @@ class TakingCore(Core):
         _not_before: Until when nothing can be done for a saga, for a step may still be under way.
         _pauses: Until when a worker leaves a saga alone for which nothing could be done; `recover` tries it at once.
         _look_back_at: When a worker looks for sagas that were left before it looks for submitted ones.
+        _forget_at: When a worker forgets executors that are gone for long.
     """
 
     _not_before: dict[int, int] = field(default_factory=dict)
     _pauses: dict[int, int] = field(default_factory=dict)
     _look_back_at: int = 0
+    _forget_at: int = 0
 
     async def recover(self, limit: int | None, *, adopt: bool) -> RecoveryReport:
         """Take over what was left, one saga after the other."""
@@ -190,6 +192,7 @@ class TakingCore(Core):
         if now >= self._look_back_at:
             # However many are submitted, some of what was left is undone as well.
             self._look_back_at = now + _LOOK_BACK_MS
+            await self._forget_dead(now)
             left = await self._left_over(free, busy)
             reserved = min(len(left), max(1, free // 2))
         submitted = _some(await self._submitted(free - reserved, busy), free - reserved)
@@ -197,6 +200,11 @@ class TakingCore(Core):
         if left is None and len(jobs) < free:
             left = await self._left_over(free - len(jobs), busy)
         return jobs + (left or [])[: free - len(jobs)]
+
+    async def _forget_dead(self, now: int) -> None:
+        if now >= self._forget_at:
+            self._forget_at = now + _FORGETS_EACH_MS
+            await Write(claiming.forget_dead(_FORGOTTEN_AFTER_MS))
 
     def _paused(self) -> set[int]:
         """The sagas that a worker leaves alone for now."""
