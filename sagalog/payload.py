@@ -149,7 +149,7 @@ def decode_as(kind: type[T], text: str | None, column: str, saga_id: int | None,
         PayloadError: The stored text is not JSON, or does not fit `kind`.
     """
     try:
-        decoded: T = _adapter(cast(Any, kind)).validate_json(text or "null")
+        decoded: T = _adapter(cast(Any, kind)).validator.validate_json(text or "null")
     except ValueError as error:
         problem = (
             f"does not fit {getattr(kind, '__name__', kind)} ({getattr(error, 'error_count', lambda: 1)()} errors)"

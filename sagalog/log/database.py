@@ -111,7 +111,8 @@ class Call(Operation[R]):
         saga_id: int | None = None,
         step_index: int | None = None,
     ) -> None:
-        super().__init__(saga_id, step_index)
+        self.saga_id = saga_id
+        self.step_index = step_index
         self.asked = asked
         self.kind = kind
         self._work = work
