@@ -167,28 +167,53 @@ def begin_undo(
 ) -> Operation[None]:
     """A pending row of its own, and the link of what it undoes to it."""
     begin = begin_step(fence, step_index, name, cmd_json, deadline_at, cancellable=False)
+    return _BeginUndo(begin, fence, step_index, undoes)
 
-    def run(db: Database) -> None:
-        begin.run(db)
-        for index in undoes:
-            values = {"id_": fence.saga_id, "index_": index, "epoch_": fence.epoch, "undo_": step_index}
+
+class _BeginUndo(Operation[None]):
+    __slots__ = ("_begin", "_fence", "_index", "_undoes")
+    asked = "begin_undo"
+    kind = Kind.SEVERAL
+
+    def __init__(self, begin: Operation[None], fence: Fence, step_index: int, undoes: Sequence[int]) -> None:
+        self.saga_id = fence.saga_id
+        self.step_index = self._index = step_index
+        self._begin = begin
+        self._fence = fence
+        self._undoes = undoes
+
+    def run(self, db: Database) -> None:
+        self._begin.run(db)
+        fence = self._fence
+        for index in self._undoes:
+            values = {"id_": fence.saga_id, "index_": index, "epoch_": fence.epoch, "undo_": self._index}
             if db.write(db.sql.owned.link_undo, values) != 1:
-                raise_refused(db, "begin_undo", fence, index, StepState.COMPENSATED)
-
-    return Call("begin_undo", Kind.SEVERAL, run, fence.saga_id, step_index)
+                raise_refused(db, self.asked, fence, index, StepState.COMPENSATED)
 
 
 def end_undo(fence: Fence, step_index: int, output_json: str) -> Operation[None]:
     """An undo is done: its row and what it undid, in one statement."""
+    return _EndUndo(fence, step_index, output_json)
 
-    def run(db: Database) -> None:
-        if not _end_undo(db, fence, step_index, output_json):
-            check_owner(db, "end_undo", fence, step_index)
-            rows = db.fetch(db.sql.step_row, id_=fence.saga_id, index_=step_index)
-            if [(row[1], row[3]) for row in rows] != [(StepState.COMPENSATED, output_json)]:
-                raise_refused(db, "end_undo", fence, step_index, StepState.COMPENSATED)
 
-    return Call("end_undo", Kind.SEVERAL, run, fence.saga_id, step_index)
+class _EndUndo(Operation[None]):
+    __slots__ = ("_fence", "_index", "_output")
+    asked = "end_undo"
+    kind = Kind.SEVERAL
+
+    def __init__(self, fence: Fence, step_index: int, output_json: str) -> None:
+        self.saga_id = fence.saga_id
+        self.step_index = self._index = step_index
+        self._fence = fence
+        self._output = output_json
+
+    def run(self, db: Database) -> None:
+        fence, index, output = self._fence, self._index, self._output
+        if not _end_undo(db, fence, index, output):
+            check_owner(db, self.asked, fence, index)
+            rows = db.fetch(db.sql.step_row, id_=fence.saga_id, index_=index)
+            if [(row[1], row[3]) for row in rows] != [(StepState.COMPENSATED, output)]:
+                raise_refused(db, self.asked, fence, index, StepState.COMPENSATED)
 
 
 def _end_undo(db: Database, fence: Fence, step_index: int, output_json: str) -> bool:

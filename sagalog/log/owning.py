@@ -175,11 +175,21 @@ def give_up(fence: Fence, step_index: int | None = None, error: str = "", deadli
 
 def joined(asked: str, fence: Fence, operations: Sequence[Operation[Any]]) -> Operation[Any]:
     """Several writes, one transaction; it gives what the last one gives."""
+    return _Joined(asked, fence, operations)
 
-    def run(db: Database) -> Any:
+
+class _Joined(Operation[Any]):
+    __slots__ = ("_operations", "asked")
+    kind = Kind.SEVERAL
+
+    def __init__(self, asked: str, fence: Fence, operations: Sequence[Operation[Any]]) -> None:
+        self.saga_id = fence.saga_id
+        self.step_index = None
+        self.asked = asked
+        self._operations = operations
+
+    def run(self, db: Database) -> Any:
         given = None
-        for operation in operations:
+        for operation in self._operations:
             given = operation.run(db)
         return given
-
-    return Call(asked, Kind.SEVERAL, run, fence.saga_id)
