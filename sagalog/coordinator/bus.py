@@ -250,6 +250,10 @@ class CommandBus:
             )
         return handler
 
+    def takes(self, cmd: object) -> bool:
+        """Whether there is a handler of a command."""
+        return type(cmd) in self._by_type
+
     def named(self, name: str) -> Handler | None:
         """The handler of the command of that name, or None."""
         return self._by_name.get(name)

@@ -7,7 +7,7 @@ from typing import Any
 
 from sagalog.coordinator.dispatching import check_callable, differs
 from sagalog.coordinator.run import Run, Step
-from sagalog.coordinator.unwind import DEFAULT_RETRY, begin_undo, is_being_undone, reserve, undo_until_known
+from sagalog.coordinator.unwind import begin_undo, is_being_undone, reserve, undo_until_known
 from sagalog.errors import StepFailed, UnusableHandler
 from sagalog.states import StepState
 
@@ -46,7 +46,7 @@ async def _undone(run: Run, cmd: Any, undoes: Sequence[Any] | None) -> Any:
         reserved = reserve(run, _chosen(run, cmd, undoes))
     undo, held = await begin_undo(run, handler, cmd, reserved)
     try:
-        return await undo_until_known(run, handler, undo, held, handler.retry or DEFAULT_RETRY)
+        return await undo_until_known(run, handler, undo, held, [step for step, _ in reserved.undone])
     except StepFailed as failure:
         if failure.kind == "in_doubt":
             run.stop(failure)

@@ -67,7 +67,7 @@ def admitted(run: Run, cmd: Any) -> Handler:
 
 def check_callable(policy: Policy, handler: Handler) -> None:
     """A synchronous coordinator cannot call an async handler."""
-    if handler.signature.is_async and not policy.asynchronous:
+    if not policy.can_call(handler):
         raise UnusableHandler(
             f"dispatch of {handler.name}", "its handler is async", hint="Use an AsyncSagaCoordinator."
         )

@@ -29,10 +29,11 @@ from sagalog.log.fencing import Fence
 from sagalog.log.reading import StoredStep
 from sagalog.moments import MOMENT, now_ms
 from sagalog.payload import printable
-from sagalog.states import SagaState, StepState
+from sagalog.states import OUTSTANDING, SagaState, StepState
 
 R = TypeVar("R")
 S = TypeVar("S", SagaState, StepState)
+_OPEN: Final = OUTSTANDING[SagaState.COMPENSATED]
 _WAITS_FOR_THE_LOG: Final = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 
@@ -123,7 +124,7 @@ class Step:
     @property
     def open(self) -> bool:
         """Whether it may have happened and is not undone."""
-        return self.state in (StepState.PENDING, StepState.SUCCEEDED)
+        return self.state in _OPEN
 
     def surely_did_nothing(self, handler: Handler) -> bool:
         """Whether it changed nothing, if it is pending: the log would hold its end."""
@@ -145,6 +146,10 @@ class Policy:
     asynchronous: bool
     is_held: Callable[[Fence], bool]
     admitted: dict[tuple[type[Any], int], Handler] = field(default_factory=dict)
+
+    def can_call(self, handler: Handler) -> bool:
+        """Whether the shell can: a synchronous one cannot call an async handler."""
+        return self.asynchronous or not handler.signature.is_async
 
 
 class Run:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from sagalog.coordinator.bus import Handler
 from sagalog.coordinator.commands import Compensates, Retry
-from sagalog.coordinator.dispatching import check_callable
 from sagalog.coordinator.effects import Sleep, Write
 from sagalog.coordinator.run import Run, Step
 from sagalog.coordinator.trying import (
@@ -162,10 +161,8 @@ def _handler(run: Run, step: Step) -> Handler:
 
 
 def _check_callable(run: Run, handler: Handler) -> None:
-    try:
-        check_callable(run.policy, handler)
-    except UnusableHandler as error:
-        raise Unknown(f"this coordinator is not async, and the handler of {handler.name!r} is") from error
+    if not run.policy.can_call(handler):
+        raise Unknown(f"this coordinator is not async, and the handler of {handler.name!r} is")
 
 
 def require_handlers(run: Run) -> None:
@@ -217,25 +214,26 @@ async def _undo(run: Run, step: Step) -> None:
     if begun is not None and begun.state is not StepState.PENDING:
         _take_as_done(run, begun)
         return
+    handler = _handler(run, begun or step)
+    undone: Sequence[Step]
     if begun is not None:
-        handler = _handler(run, begun)
-        cmd = handler.read_cmd(begun.cmd_json, run.saga_id, begun.index)
-        await _finish(run, handler, begun, cmd, again=True)
-        return
-    handler = _handler(run, step)
-    if handler.read_only:
+        undo, undone = begun, _undone_by(run, begun)
+        cmd = handler.read_cmd(undo.cmd_json, run.saga_id, undo.index)
+        await _begin_again(run, handler, undo)
+    elif handler.read_only:
         _mark(run, step)
         return
-    if step.state is StepState.PENDING:
-        await _wait_out(run, step)
-    cmd = _derived(run, handler, step)
+    else:
+        if step.state is StepState.PENDING:
+            await _wait_out(run, step)
+        undone = (step,)
+        derived = _derived(run, handler, step)
+        handler = _undo_handler(run, derived, step)
+        undo, cmd = await begin_undo(run, handler, derived, reserve(run, undone))
     try:
-        undo_handler = run.policy.bus.handler_of(cmd)
-    except UnusableHandler as error:
-        raise Unknown(f"no handler here takes {type(cmd).__name__}, which undoes step {step.index}") from error
-    _check_callable(run, undo_handler)
-    undo, held = await begin_undo(run, undo_handler, cmd, reserve(run, [step]))
-    await _finish(run, undo_handler, undo, held, again=False)
+        await undo_until_known(run, handler, undo, cmd, undone, joins_next=True)
+    except StepFailed as failure:
+        raise _Blocked(f"the undo in row {undo.index} ({undo.name}) {_told(failure)}") from failure
 
 
 def _mark(run: Run, step: Step) -> None:
@@ -246,7 +244,7 @@ def _mark(run: Run, step: Step) -> None:
 
 def _take_as_done(run: Run, undo: Step) -> None:
     """Somebody, an operator perhaps, said that an undo is done: so is what it undid."""
-    undone = [step for step in run.steps.values() if step.compensated_by == undo.index and step.open]
+    undone = [step for step in _undone_by(run, undo) if step.open]
     if undo.state is StepState.SUCCEEDED:
         run.hold(owned_steps.end_undo(run.fence, undo.index, undo.output_json or "[]"))
         undo.state = StepState.COMPENSATED
@@ -280,10 +278,22 @@ def _derived(run: Run, handler: Handler, step: Step) -> Any:
         derived = compensation.function(cmd, output)
     except Exception as error:
         raise _Blocked(f"{what}: {reason_of(error)}") from error
-    if derived is None or isinstance(derived, type) or inspect.isawaitable(derived):
+    if not run.policy.bus.takes(derived) and (
+        derived is None or isinstance(derived, type) or inspect.isawaitable(derived)
+    ):
         shown = "None" if derived is None else f"no command, but {derived!r:.80}"
         raise _Blocked(f"{what}: its compensation returned {printable(shown)}")
     return derived
+
+
+def _undo_handler(run: Run, cmd: Any, step: Step) -> Handler:
+    """The handler of what undoes a step."""
+    try:
+        handler = run.policy.bus.handler_of(cmd)
+    except UnusableHandler as error:
+        raise Unknown(f"no handler here takes {type(cmd).__name__}, which undoes step {step.index}") from error
+    _check_callable(run, handler)
+    return handler
 
 
 def is_being_undone(run: Run, step: Step) -> bool:
@@ -323,7 +333,7 @@ async def begin_undo(run: Run, handler: Handler, cmd: Any, reserved: Reserved) -
         text, held = as_held(run, handler, cmd, index, f"compensate with {handler.name}")
         began = now_ms()
         due = due_of(handler, began)
-        indexes = tuple(step.index for step, _ in reserved.undone)
+        indexes = [step.index for step, _ in reserved.undone]
         await run.written(owned_steps.begin_undo(run.fence, index, handler.name, text, due, indexes))
     except BaseException:
         for step, before in reserved.undone:
@@ -333,20 +343,22 @@ async def begin_undo(run: Run, handler: Handler, cmd: Any, reserved: Reserved) -
     return undo, held
 
 
-async def _finish(run: Run, handler: Handler, undo: Step, cmd: Any, *, again: bool) -> None:
-    """Call an undo's handler until it is done, and mark what it undid with it, in one transaction."""
-    retry = handler.retry or DEFAULT_RETRY
-    if again:
-        if undo.tries:
-            raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is in doubt")
-        if not (run.again or may_try(undo, retry)):
-            raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
-        undo.deadline_at = due_of(handler, now_ms())
-        await run.written(owned_steps.try_again(run.fence, undo.index, undo.deadline_at))
-    try:
-        await undo_until_known(run, handler, undo, cmd, retry, joins_next=True)
-    except StepFailed as failure:
-        raise _Blocked(f"the undo in row {undo.index} ({undo.name}) {_told(failure)}") from failure
+def _undone_by(run: Run, undo: Step) -> list[Step]:
+    return [step for step in run.steps.values() if step.compensated_by == undo.index]
+
+
+async def _begin_again(run: Run, handler: Handler, undo: Step) -> None:
+    """Before an undo that an earlier process began is tried under its key.
+
+    Raises:
+        _Blocked: It cannot be.
+    """
+    if undo.tries:
+        raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is in doubt")
+    if not (run.again or may_try(undo, handler.retry or DEFAULT_RETRY)):
+        raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
+    undo.deadline_at = due_of(handler, now_ms())
+    await run.written(owned_steps.try_again(run.fence, undo.index, undo.deadline_at))
 
 
 def _told(failure: StepFailed) -> str:
@@ -354,18 +366,17 @@ def _told(failure: StepFailed) -> str:
 
 
 async def undo_until_known(
-    run: Run, handler: Handler, undo: Step, cmd: Any, retry: Retry, *, joins_next: bool = False
+    run: Run, handler: Handler, undo: Step, cmd: Any, undone: Sequence[Step], *, joins_next: bool = False
 ) -> Any:
     """Call an undo's handler; what it undid is marked with its end, which may join the next write.
 
     Raises:
         StepFailed: It was refused, or stays in doubt; the steps are not undone.
     """
-    undone = [step for step in run.steps.values() if step.compensated_by == undo.index]
-    newest = max(step.index for step in undone)
+    newest = max([step.index for step in undone])
     compensates = Compensates(newest, run.key_of(newest))
     try:
-        outcome = await tried(run, handler, undo, cmd, retry, compensates)
+        outcome = await tried(run, handler, undo, cmd, handler.retry or DEFAULT_RETRY, compensates)
         if isinstance(outcome, Refused):
             outcome = await fail(run, handler, undo, outcome)
     except BaseException:
