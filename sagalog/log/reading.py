@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
+from functools import lru_cache
 from itertools import groupby
 from operator import itemgetter
 from types import SimpleNamespace
@@ -253,12 +255,16 @@ def stored(saga_id: int, asked: str = "recover") -> Operation[Stored]:
 
     def run(db: Database) -> Stored:
         for saga, steps in _sagas_of(db, db.fetch(db.sql.get, id_=saga_id)):
-            names = db.sql.step_fields
-            held = [SimpleNamespace(**dict(zip(names, step, strict=True))) for step in steps]
+            held = [_row_of(db.sql.step_fields)._make(step) for step in steps]
             return cast(Stored, SimpleNamespace(**dict(zip(db.sql.saga_fields, saga, strict=True)), steps=held))
         raise SagaNotFound(asked, saga_id)
 
     return Call(asked, Kind.READ_OWN, run, saga_id)
+
+
+@lru_cache(maxsize=8)
+def _row_of(fields: tuple[str, ...]) -> Any:
+    return namedtuple("row", fields)
 
 
 def _stored_moment(moment: datetime, word: str, asked: str) -> int:
