@@ -87,9 +87,17 @@ def _owned_statements(db: Database) -> SagaStatements:
     return db.sql.owned
 
 
+class _BeginUndoing(MarkCompensating):
+    __slots__ = ()
+
+    def run(self, db: Database) -> None:
+        if db.write(db.sql.owned.begin_undoing, self._values) != 1:
+            super().run(db)  # it is not running any more, or not its owner's
+
+
 def mark_compensating(fence: Fence, reason: str) -> Operation[None]:
     """The saga is being undone, and why."""
-    return MarkCompensating(fence.saga_id, printable(reason)).owned_by(fence)
+    return _BeginUndoing(fence.saga_id, printable(reason)).owned_by(fence)
 
 
 def fail_compensation(fence: Fence, reason: str) -> Operation[None]:

@@ -54,6 +54,11 @@ class OwnedStatements(SagaStatements, StepStatements):
         """With the reason, which recovery would not know."""
         return Statement(self._move_saga(SagaState.COMPENSATING, failure_reason=bind("reason_"), terminal_at=null()))
 
+    @cached_property
+    def begin_undoing(self) -> Statement:
+        """The same of a saga that is running: it has no `terminal_at`, and no index of that needs to be written."""
+        return Statement(self._move_saga(SagaState.COMPENSATING, Actor.SAGA, failure_reason=bind("reason_")))
+
     @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
     def complete(self, cancellable: bool) -> Statement:  # noqa: FBT001 - a cache key
         """`completed`, with the result; refused while a step is pending, or if a cancel was asked for."""
