@@ -20,6 +20,8 @@ from sagalog.log.statements import Statements
 
 Durability: TypeAlias = Literal["full", "normal"]
 _JOURNAL_LIMIT = 64 * 1024 * 1024
+_CHECKPOINT_AFTER = 2000
+"""Pages of the write-ahead log: as many bytes as SQLite's own 1000 are, of a file whose pages are twice as large."""
 
 
 def file_uri(path: str) -> str:
@@ -76,6 +78,7 @@ class Connections:
             "temp_store = MEMORY",
             f"synchronous = {self._synchronous}",
             f"journal_size_limit = {_JOURNAL_LIMIT}",
+            f"wal_autocheckpoint = {_CHECKPOINT_AFTER}",
         ):
             connection.execute(f"PRAGMA {pragma}").close()
         return connection
