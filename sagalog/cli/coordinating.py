@@ -145,14 +145,15 @@ def worker(
     """
     stop = threading.Event()
     with _coordinator(context) as call:
-        for number in (signal.SIGINT, signal.SIGTERM):  # not before: an application that hangs could not be stopped
-            signal.signal(number, lambda *_: stop.set())
 
         def begin(coordinator: Any) -> Any:
             made = coordinator.worker(concurrency=concurrency, poll=poll)
             return _started(made)
 
         made = call(begin)
+        # Not before: an application that hangs, or a log that does not answer, could not be stopped.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
         print_lines([plain("the worker runs")])
         sys.stdout.flush()
         call(lambda _: _stopped(made, stop, grace))

@@ -29,6 +29,7 @@ from sagalog.coordinator.shell import Shell, lease_stays
 from sagalog.coordinator.threads import in_thread
 from sagalog.coordinator.worker import AsyncWorker
 from sagalog.errors import SagaLogError
+from sagalog.log import claiming
 from sagalog.log.facade import AsyncSagaLog
 from sagalog.records import SagaRecord
 
@@ -121,10 +122,11 @@ class AsyncSagaCoordinator(Shell):
 
     async def close(self) -> None:
         """See `SagaCoordinator.close`."""
-        retirement = await asyncio.to_thread(self._core.executor.retirement)
-        if retirement is not None:
+        retired = await asyncio.to_thread(self._core.executor.retirement)
+        if retired:
             try:
-                await self.log._bind.perform(retirement)
+                await self.log._bind.perform(claiming.retire(retired))
+                self._core.executor.are_gone(retired)
             except SagaLogError as error:
                 lease_stays(error)
 

@@ -28,6 +28,7 @@ from sagalog.coordinator.saga import CallSaga
 from sagalog.coordinator.shell import Shell, lease_stays
 from sagalog.coordinator.worker import Worker
 from sagalog.errors import SagaLogError
+from sagalog.log import claiming
 from sagalog.log.facade import SagaLog
 from sagalog.log.fencing import Fence
 from sagalog.moments import MOMENT
@@ -207,10 +208,11 @@ class SagaCoordinator(Shell):
 
     def close(self) -> None:
         """Give up the lease; the log stays open. Calling it again does nothing."""
-        retirement = self._core.executor.retirement()
-        if retirement is not None:
+        retired = self._core.executor.retirement()
+        if retired:
             try:
-                self.log._bind.perform(retirement)
+                self.log._bind.perform(claiming.retire(retired))
+                self._core.executor.are_gone(retired)
             except SagaLogError as error:
                 lease_stays(error)
 

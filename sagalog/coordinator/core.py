@@ -131,12 +131,27 @@ class Core:
                     await self._not_begun(token, executor_id)
                 raise
 
-        begun = await self._taking(beginning, lambda drawn: Fence(drawn.saga_id, 1) if drawn.created else None)
-        if not begun.created:
-            return await self.outcome(definition, begun.saga_id)
-        fence = Fence(begun.saga_id, 1)
-        run = Run(self.policy, definition, fence, token, name=definition.name, deadline_at=deadline)
-        return await self.owning(fence, execute, run, definition, input)
+        mine: list[Fence] = []
+
+        def fence_of(drawn: Drawn) -> Fence | None:
+            if not drawn.created:
+                return None
+            mine.append(Fence(drawn.saga_id, 1))
+            return mine[0]
+
+        try:
+            begun = await self._taking(beginning, fence_of)
+            if not begun.created:
+                return await self.outcome(definition, begun.saga_id)
+            run = Run(self.policy, definition, mine[0], token, name=definition.name, deadline_at=deadline)
+            return await self.owning(mine[0], execute, run, definition, input)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                if not mine:
+                    self.executor.strand_begun(token, self.executor.executor_id)
+                for fence in mine:
+                    self.let_go(fence)
+            raise
 
     async def _not_begun(self, token: str, executor_id: str) -> None:
         """It may be in the log all the same, and nobody here works on it."""
@@ -154,8 +169,8 @@ class Core:
         """
         executor, ticket = self.executor, object()
         coming, active = executor.coming, executor.active
-        executor.come(ticket)
         try:
+            executor.come(ticket)
             await self.registered()
             answer: T = await writing(executor.executor_id)
             fence = fence_of(answer)
@@ -201,10 +216,8 @@ class Core:
         active[fence.saga_id] = fence
         try:
             return await flow(*args)
-        except GeneratorExit:
-            raise
-        except LogUnavailable:
-            self.executor.strand(fence)
+        except (LogUnavailable, GeneratorExit):
+            self.executor.strand(fence)  # a loop that is gone writes nothing
             raise
         except BaseException as error:
             if not (isinstance(error, SagaFailed) and error.outcome in _ENDED):
@@ -214,6 +227,12 @@ class Core:
             if self.executor.holds(fence):
                 active.pop(fence.saga_id, None)  # the lease's thread may have given it up in between
             self.executor.given_up.discard(fence)
+
+    def let_go(self, fence: Fence) -> None:
+        """Of what was interrupted between two lines: nobody works on it here, or the end of that work is not noted."""
+        if self.executor.holds(fence):
+            self.executor.active.pop(fence.saga_id, None)
+            self.executor.strand(fence)
 
     async def _give_back(self, fence: Fence) -> None:
         try:
@@ -284,7 +303,7 @@ class Core:
         Raises:
             WrongEnvironment: The log remembers another one.
         """
-        remembered = await Write(claiming.environment(self.environment))
+        remembered = await _written(claiming.environment(self.environment))
         if remembered != self.environment:
             raise WrongEnvironment(self.environment, str(remembered))
 

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from sagalog.errors import SagaLogError
@@ -29,6 +29,11 @@ _log = logging.getLogger("sagalog")
 _WRITTEN = "written"
 _ENDS_WITHIN = 10.0
 """Seconds in which the thread of an identity that is given up ends."""
+
+
+def _join(thread: threading.Thread | None) -> None:
+    if thread is not None and thread is not threading.current_thread():
+        thread.join(timeout=_ENDS_WITHIN)
 
 
 class _NothingToKeep(Exception):
@@ -67,7 +72,10 @@ class Executor:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._registered = False
+        self._asked = False
+        self._retired: list[str] = []
         self._renew_at = 0.0
+        self._ends_at = 0.0
 
     def before_fork(self) -> None:
         """See `forking`: nothing is waited for, the child has locks of its own."""
@@ -91,11 +99,18 @@ class Executor:
 
     def renewal(self, executor_id: str) -> Operation[None]:
         """What renews the lease of this identity."""
+        self._asked = True
         return claiming.renew(executor_id, self.label, self.lease_ms)
 
     def is_due(self) -> bool:
-        """Whether the coordinator itself must renew before it goes on: at first, after a fork, or with no thread."""
-        return not self._registered or (not self._is_kept() and time.monotonic() >= self._renew_at)
+        """Whether the coordinator itself must renew before it goes on.
+
+        At first, after a fork, with no thread, or with one that does not come to it.
+        """
+        if not self._registered:
+            return True
+        due = self._ends_at - self.lease / 3 if self._is_kept() else self._renew_at
+        return time.monotonic() >= due
 
     def _is_kept(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -110,12 +125,13 @@ class Executor:
         with self._changing:
             if executor_id != self.executor_id:
                 return  # it was given up meanwhile
-            self._renew_at = time.monotonic() + self.lease / 3
+            closing = self._closing  # a signal's handler may give the identity up from here on
+            self._was_written()
             self._registered = True
             apart = None if self._is_kept() else self._apart()
             if apart is None:
                 return
-            keeping = (executor_id, apart, self._closing)
+            keeping = (executor_id, apart, closing)
             thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
             try:
                 thread.start()
@@ -125,6 +141,10 @@ class Executor:
                 _log.warning("executor %s: the lease is renewed at starts only, for now: %s", self.executor_id, error)
             else:
                 self._thread = thread
+
+    def _was_written(self) -> None:
+        now = time.monotonic()
+        self._renew_at, self._ends_at = now + self.lease / 3, now + self.lease
 
     def watch(self, fence: Fence, step_index: int, seconds: float, settle: float) -> int:
         """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over.
@@ -161,26 +181,42 @@ class Executor:
             self._stranded.append((release, problem))
             self._wake.notify()
 
-    def retirement(self) -> Operation[None] | None:
-        """Give the identity up, and what then gives up its lease; None if nothing is held, or still in use.
+    def retirement(self) -> tuple[str, ...]:
+        """Give the identity up, unless it is still in use.
 
         What begins after it begins under another identity, whose lease nobody gives up.
+
+        Returns:
+            The identities whose leases are to be given up; `are_gone` is told once they are.
         """
+        thread = None
         with self._changing:
-            if self.coming or self.active:  # in this order: what comes moves from one to the other
-                return None
-            if not self._registered:
-                return None
-            retired, self.executor_id = self.executor_id, uuid.uuid4().hex
-            thread = self._stop()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(timeout=_ENDS_WITHIN)  # it would write the lease once more
-        return claiming.retire(retired)
+            # In this order: what comes moves from one to the other.
+            if not (self.coming or self.active) and (self._registered or self._asked):
+                self._retired.append(self.executor_id)
+                self.executor_id = uuid.uuid4().hex
+                thread = self._stop()
+            retired = tuple(self._retired)
+        _join(thread)  # it would write the lease once more
+        return retired
+
+    def are_gone(self, retired: Collection[str]) -> None:
+        """The leases of these identities were given up."""
+        with self._changing:
+            self._retired = [executor_id for executor_id in self._retired if executor_id not in retired]
 
     def stop(self) -> None:
-        """Stop the thread, without waiting for it; the lease runs out by itself."""
+        """Stop the thread; the lease runs out by itself."""
         with self._changing:
-            self._stop()
+            thread = self._stop()
+        _join(thread)
+
+    def abandon(self, mine: Collection[int] = ()) -> None:
+        """Stop the thread without waiting for it, unless there is other work under the lease than the caller's."""
+        with self._changing:
+            claims = len(self.claiming.keys() & set(mine))
+            if len(self.coming) <= claims and self.active.keys() <= set(mine):
+                self._stop()
 
     def _stop(self) -> threading.Thread | None:
         with self._wake:
@@ -188,7 +224,7 @@ class Executor:
             self._closing = threading.Event()
             self._wake.notify()
         thread, self._thread = self._thread, None
-        self._registered = False
+        self._registered = self._asked = False
         return thread
 
     # The thread
@@ -207,8 +243,12 @@ class Executor:
     def _renew_if_due(self, executor_id: str, apart: Apart) -> None:
         if time.monotonic() >= self._renew_at:
             done = self._attempt(apart, self.renewal(executor_id), "the lease could not be renewed")
-            if executor_id == self.executor_id:
-                self._renew_at = time.monotonic() + (self.lease / 3 if done == _WRITTEN else min(1.0, self.lease / 10))
+            if executor_id != self.executor_id:
+                return
+            if done == _WRITTEN:
+                self._was_written()
+            else:
+                self._renew_at = time.monotonic() + min(1.0, self.lease / 10)
 
     def _wait(self, closing: threading.Event) -> bool:
         with self._wake:

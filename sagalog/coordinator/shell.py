@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar
 
@@ -66,6 +67,8 @@ class Shell:
             environment=environment,
         )
         self.interpose: Interpose | None = None
+        # The lease's thread would otherwise outlive a coordinator that nobody closed.
+        weakref.finalize(self, executor.abandon).atexit = False
 
     def _check(self, log: Any, bus: Any, lease: float, on_crash: str, on_unknown: str, max_recoveries: int) -> None:
         asked = type(self).__name__

@@ -158,6 +158,7 @@ class TakingCore(Core):
         except BaseException as error:
             self._pause(seen.saga_id, min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(seen.recoveries, 16)))
             if not isinstance(error, Exception):
+                self.let_go(fence)
                 raise
             report.errors[seen.saga_id] = f"{type(error).__name__}: {error}"
             return 1
@@ -260,10 +261,15 @@ class TakingCore(Core):
         deadline = deadline_of(definition)
         fence = Fence(seen.saga_id, seen.epoch + 1)
         claim = partial(claiming.claim_submitted, seen, version=definition.version, deadline_at=deadline)
-        if not await self._wins(claim, fence, wanted):
-            return None
         run = Run(self.policy, definition, fence, record.token or "", name=definition.name, deadline_at=deadline)
-        return await self.owning(fence, execute, run, definition, input)
+        try:
+            if not await self._wins(claim, fence, wanted):
+                return None
+            return await self.owning(fence, execute, run, definition, input)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self.let_go(fence)
+            raise
 
     def _input_of_submitted(self, definition: Definition, record: reading.Stored) -> Any:
         """The input of a submitted saga.

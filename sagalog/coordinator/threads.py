@@ -38,5 +38,8 @@ def in_thread(function: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
         with suppress(RuntimeError):  # the loop is closed
             loop.call_soon_threadsafe(tell, value, raised)
 
-    threading.Thread(target=run, name="sagalog-handler", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="sagalog-handler", daemon=True).start()
+    except RuntimeError:  # the process may have no more threads now
+        run()
     return future

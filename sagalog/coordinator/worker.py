@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import threading
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sagalog.coordinator.effects import adrive, drive
 from sagalog.coordinator.listening import Listener, alisten
@@ -17,6 +18,7 @@ from sagalog.errors import LeaseLost, LogUnavailable, SagaFailed, SagaLogError, 
 from sagalog.log import owning
 from sagalog.log.bind import is_closed
 from sagalog.log.fencing import Fence
+from sagalog.log.forking import tell_of_forks
 from sagalog.moments import MOMENT, is_seconds, is_wait
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("sagalog")
 
 
+_ENDING = "sagalog-shutdown"
 _LONGEST_WAIT = 3600.0
 _CANCELLED_WITHIN = 5.0
 """Seconds in which a task ends that was cancelled; one that does not is given up."""
@@ -81,7 +84,7 @@ class _Slots:
     def left_running(self) -> None:
         """The database does not answer, so nothing could be given up: the lease runs out by itself."""
         _log.warning("the worker ends, though the log does not answer; the lease runs out by itself")
-        self.core.executor.stop()
+        self.core.executor.abandon(self.busy.keys())
 
     async def more(self) -> list[Job]:
         """What to begin now."""
@@ -126,12 +129,15 @@ class _Slots:
             _log.error("saga %s (%s) raised", job.seen.saga_id, job.seen.name, exc_info=error)
 
 
-class _Running(NamedTuple):
-    """One start of a worker."""
+@dataclass(eq=False)
+class _Running:
+    """One start of a worker, and its end."""
 
     slots: _Slots
     looking: threading.Thread
-    listener: Listener | None
+    listener: Listener | None = None
+    ending: threading.Thread | None = None
+    raised: BaseException | None = None
 
 
 class Worker:
@@ -140,11 +146,21 @@ class Worker:
     def __init__(self, coordinator: SagaCoordinator, concurrency: int, poll: float) -> None:
         self._coordinator = coordinator
         self._settings = _Slots(coordinator._core, concurrency, poll)
-        self._wake = threading.Condition()
         self._told = False
-        self._pid = 0
+        self.after_fork_in_child()
+        tell_of_forks(self)
+
+    def before_fork(self) -> None:
+        """See `forking`: nothing is waited for, the child has locks of its own."""
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+
+    def after_fork_in_child(self) -> None:
+        """Nothing was started here: the parent's threads are not the child's."""
+        self._wake = threading.Condition()
         self._running: _Running | None = None
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
 
     def start(self) -> None:
         """Begin; in a process that was forked since, begin there. Calling it again does nothing.
@@ -153,19 +169,20 @@ class Worker:
             WrongEnvironment: The log belongs to another environment.
         """
         with self._starting:
-            if self._running is None or self._pid != os.getpid():
+            if self._running is None or self._running.slots.stopping.is_set():
                 self._start()
 
     def _start(self) -> None:
         drive(self._settings.core.check_environment(), self._coordinator._perform)
-        if self._pid != os.getpid():
-            self._wake = threading.Condition()  # the parent's may be held for ever
-        self._pid = os.getpid()
         slots = self._settings.anew()
         looking = threading.Thread(target=self._look, args=(slots,), name="sagalog-worker", daemon=True)
-        listener = Listener.on(self._coordinator.log, self.wake)
-        looking.start()
-        self._running = _Running(slots, looking, listener)
+        self._running = running = _Running(slots, looking)
+        try:
+            looking.start()
+            running.listener = Listener.on(self._coordinator.log, self.wake)
+        except BaseException:  # the process may have no more threads now
+            slots.stopping.set()
+            raise
 
     def wake(self) -> None:
         """Look for work now."""
@@ -174,51 +191,60 @@ class Worker:
             self._wake.notify_all()
 
     def shutdown(self, grace: float = 10.0) -> None:
-        """Take no more sagas, and wait for those under way; calling it again does nothing.
+        """Take no more sagas, and wait for those under way; calling it again does nothing, or waits for the same.
 
         Args:
             grace: Seconds to wait. What runs longer is given up: any other process may recover it at once, and
                 nothing that its thread does afterwards is written.
         """
         _check_grace(grace)
-        running, self._running = self._running, None
-        if running is None or self._pid != os.getpid():
-            return
-        with self._wake:
-            running.slots.stopping.set()
-            self._wake.notify_all()
-        raised: list[BaseException] = []
-
-        def end() -> None:
-            try:
-                self._end(running, grace)
-            except BaseException as error:
-                raised.append(error)
-
-        ending = threading.Thread(target=end, name="sagalog-shutdown", daemon=True)
+        begun = self._starting.acquire(timeout=min(grace, _LONGEST_WAIT) + _ANSWERS_WITHIN)
         try:
-            ending.start()
-        except RuntimeError:  # the process may have no more threads now
+            running = self._running
+            if running is None:
+                return
+            with self._wake:
+                running.slots.stopping.set()
+                self._wake.notify_all()
+            if running.ending is None:
+                ending = threading.Thread(target=self._ends, args=(running, grace), name=_ENDING, daemon=True)
+                try:
+                    ending.start()
+                except RuntimeError:  # the process may have no more threads now
+                    self._ends(running, grace)
+                else:
+                    running.ending = ending
+        finally:
+            if begun:
+                self._starting.release()
+        if running.ending is not None:
+            running.ending.join(_limit(grace, _ANSWERS_WITHIN))
+            if running.ending.is_alive():
+                running.slots.left_running()
+        if running.raised is not None:
+            raise running.raised
+
+    def _ends(self, running: _Running, grace: float) -> None:
+        try:
             self._end(running, grace)
-            return
-        ending.join(_limit(grace, _ANSWERS_WITHIN))
-        if ending.is_alive():
-            running.slots.left_running()
-        if raised:
-            raise raised[0]
+        except BaseException as error:
+            running.raised = error
+        finally:
+            if self._running is running:
+                self._running = None
 
     def _end(self, running: _Running, grace: float) -> None:
         until = time.monotonic() + grace
-        slots, looking, listener = running
-        looking.join()
-        if listener is not None:
-            listener.close()
+        slots = running.slots
+        if running.looking.ident is not None:
+            running.looking.join()
+        if running.listener is not None:
+            running.listener.close()
         with self._wake:
             while slots.busy and (seconds := until - time.monotonic()) > 0:
                 self._wake.wait(min(seconds, _LONGEST_WAIT))
-        executor = slots.core.executor
-        under_way = set(executor.coming)
-        while under_way & executor.coming:
+        claiming = slots.core.executor.claiming
+        while any(saga_id in claiming for saga_id in list(slots.busy)):
             time.sleep(MOMENT)  # a claim that is under way is decided first: it would be won without a lease
         for saga_id in list(slots.busy):
             fence = slots.fence_of(saga_id)
@@ -276,13 +302,15 @@ class Worker:
                 self._wake.notify_all()
 
 
-class _RunningInTasks(NamedTuple):
-    """One start of an async worker; the tasks are of its sagas."""
+@dataclass(eq=False)
+class _RunningInTasks:
+    """One start of an async worker, and its end; the tasks are of its sagas."""
 
     slots: _Slots
     tasks: set[asyncio.Task[Any]]
     looking: asyncio.Task[None]
     listening: asyncio.Task[None]
+    ending: asyncio.Task[None] | None = None
 
 
 class AsyncWorker:
@@ -294,18 +322,23 @@ class AsyncWorker:
         self._wake = asyncio.Event()
         self._running: _RunningInTasks | None = None
         self._starting = asyncio.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
-        """See `Worker.start`."""
+        """See `Worker.start`; in another loop than before, begin there."""
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._running = loop, None
+            self._wake, self._starting = asyncio.Event(), asyncio.Lock()
         async with self._starting:
-            if self._running is None:
+            running = self._running
+            if running is None or running.slots.stopping.is_set() or running.looking.done():
                 await self._start()
 
     async def _start(self) -> None:
         await adrive(self._settings.core.check_environment(), self._coordinator._perform)
         slots = self._settings.anew()
         tasks: set[asyncio.Task[Any]] = set()
-        self._wake = asyncio.Event()
         listening = asyncio.create_task(alisten(self._coordinator.log, self.wake))
         looking = asyncio.create_task(self._look(slots, tasks))
         self._running = _RunningInTasks(slots, tasks, looking, listening)
@@ -315,29 +348,37 @@ class AsyncWorker:
         self._wake.set()
 
     async def shutdown(self, grace: float = 10.0) -> None:
-        """See `Worker.shutdown`; what runs longer is cancelled, and recovery decides."""
+        """See `Worker.shutdown`; what runs longer is cancelled, and recovery decides.
+
+        Where it is cancelled itself, the worker goes on to end.
+        """
         _check_grace(grace)
-        running, self._running = self._running, None
-        if running is None:
+        running = self._running
+        if running is None or self._loop is not asyncio.get_running_loop():
             return
         running.slots.stopping.set()
         self.wake()
-        ending = asyncio.create_task(self._end(running, grace))
-        try:
-            await asyncio.wait({ending}, timeout=_limit(grace, _CANCELLED_WITHIN + _ANSWERS_WITHIN))
-        except asyncio.CancelledError:
-            ending.cancel()
-            raise
-        if ending.done():
-            ending.result()
+        if running.ending is None:
+            running.ending = asyncio.create_task(self._ends(running, grace))
+        limit = _limit(grace, _CANCELLED_WITHIN + _ANSWERS_WITHIN)
+        await asyncio.wait({running.ending}, timeout=limit)
+        if running.ending.done():
+            running.ending.result()
         else:
             running.slots.left_running()
 
+    async def _ends(self, running: _RunningInTasks, grace: float) -> None:
+        try:
+            await self._end(running, grace)
+        finally:
+            if self._running is running:
+                self._running = None
+
     async def _end(self, running: _RunningInTasks, grace: float) -> None:
-        slots, tasks, looking, listening = running
-        await looking
-        listening.cancel()
-        await asyncio.gather(listening, return_exceptions=True)
+        slots, tasks = running.slots, running.tasks
+        await asyncio.wait({running.looking})  # somebody may have cancelled it
+        running.listening.cancel()
+        await asyncio.gather(running.listening, return_exceptions=True)
         if tasks:
             _, late = await asyncio.wait(list(tasks), timeout=grace)
             for task in late:
@@ -379,11 +420,9 @@ class AsyncWorker:
                 task = asyncio.create_task(self._do(slots, job))
                 tasks.add(task)
                 task.add_done_callback(tasks.discard)
-            try:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(slots.poll):
                     await self._wake.wait()
-            except TimeoutError:
-                pass
 
     async def _do(self, slots: _Slots, job: Job) -> None:
         try:

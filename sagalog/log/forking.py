@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any, Protocol
 from weakref import WeakSet
 
@@ -31,32 +32,44 @@ def leave_to_parent(*inherited: Any) -> None:
 _inherited: list[Any] = []
 _told: WeakSet[Forks] = WeakSet()
 _forking: list[Forks] = []
+_one_fork = threading.Lock()
+_telling = threading.Lock()
 
 
 def tell_of_forks(bind: Forks) -> None:
     """From now on, until it is gone."""
-    _told.add(bind)
+    with _telling:
+        _told.add(bind)
 
 
 def tell_no_more(bind: Forks) -> None:
     """Its end: there is nothing to be told."""
-    _told.discard(bind)
+    with _telling:
+        _told.discard(bind)
 
 
 def _before_fork() -> None:
-    _forking[:] = list(_told)
-    for bind in _forking:
+    _one_fork.acquire()  # what another thread's fork waited for would be released with this one's
+    with _telling:
+        told = list(_told)
+    for bind in told:
         bind.before_fork()
+        _forking.append(bind)
 
 
 def _after_fork_in_parent() -> None:
-    for bind in _forking:
-        bind.after_fork_in_parent()
-    _forking.clear()
+    try:
+        for bind in _forking:
+            bind.after_fork_in_parent()
+    finally:
+        _forking.clear()
+        _one_fork.release()
 
 
 def _after_fork_in_child() -> None:
     # All, not only those told before: a server that forks from C calls this hook alone.
+    global _one_fork, _telling
+    _one_fork, _telling = threading.Lock(), threading.Lock()
     _forking.clear()
     for bind in list(_told):
         bind.after_fork_in_child()
