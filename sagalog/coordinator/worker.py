@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from contextlib import suppress
@@ -30,6 +31,8 @@ _log = logging.getLogger("sagalog")
 
 _ENDING = "sagalog-shutdown"
 _LONGEST_WAIT = 3600.0
+_HURRIES_AFTER = 0.1
+"""Seconds after which an end looks whether another `shutdown` gave it less time."""
 _CANCELLED_WITHIN = 5.0
 """Seconds in which a task ends that was cancelled; one that does not is given up."""
 _ANSWERS_WITHIN = 5.0
@@ -61,7 +64,17 @@ class _Slots:
         self.poll = poll
         self.busy: dict[int, Job] = {}
         self.stopping = threading.Event()
+        self._ends_at = math.inf
         self._trouble: tuple[str, object] | None = None
+
+    def end(self, grace: float) -> None:
+        """Take no more; of several graces the first that is over counts."""
+        self._ends_at = min(self._ends_at, time.monotonic() + grace)
+        self.stopping.set()
+
+    def left(self) -> float:
+        """Seconds for what is under way."""
+        return min(self._ends_at - time.monotonic(), _LONGEST_WAIT)
 
     def anew(self) -> _Slots:
         """Those of another start: an earlier one may still be ending."""
@@ -204,14 +217,14 @@ class Worker:
             if running is None:
                 return
             with self._wake:
-                running.slots.stopping.set()
+                running.slots.end(grace)
                 self._wake.notify_all()
             if running.ending is None:
-                ending = threading.Thread(target=self._ends, args=(running, grace), name=_ENDING, daemon=True)
+                ending = threading.Thread(target=self._ends, args=(running,), name=_ENDING, daemon=True)
                 try:
                     ending.start()
                 except RuntimeError:  # the process may have no more threads now
-                    self._ends(running, grace)
+                    self._ends(running)
                 else:
                     running.ending = ending
         finally:
@@ -224,25 +237,24 @@ class Worker:
         if running.raised is not None:
             raise running.raised
 
-    def _ends(self, running: _Running, grace: float) -> None:
+    def _ends(self, running: _Running) -> None:
         try:
-            self._end(running, grace)
+            self._end(running)
         except BaseException as error:
             running.raised = error
         finally:
             if self._running is running:
                 self._running = None
 
-    def _end(self, running: _Running, grace: float) -> None:
-        until = time.monotonic() + grace
+    def _end(self, running: _Running) -> None:
         slots = running.slots
         if running.looking.ident is not None:
             running.looking.join()
         if running.listener is not None:
             running.listener.close()
         with self._wake:
-            while slots.busy and (seconds := until - time.monotonic()) > 0:
-                self._wake.wait(min(seconds, _LONGEST_WAIT))
+            while slots.busy and (seconds := slots.left()) > 0:
+                self._wake.wait(seconds)
         claiming = slots.core.executor.claiming
         while any(saga_id in claiming for saga_id in list(slots.busy)):
             time.sleep(MOMENT)  # a claim that is under way is decided first: it would be won without a lease
@@ -356,10 +368,10 @@ class AsyncWorker:
         running = self._running
         if running is None or self._loop is not asyncio.get_running_loop():
             return
-        running.slots.stopping.set()
+        running.slots.end(grace)
         self.wake()
         if running.ending is None:
-            running.ending = asyncio.create_task(self._ends(running, grace))
+            running.ending = asyncio.create_task(self._ends(running))
         limit = _limit(grace, _CANCELLED_WITHIN + _ANSWERS_WITHIN)
         await asyncio.wait({running.ending}, timeout=limit)
         if running.ending.done():
@@ -367,28 +379,29 @@ class AsyncWorker:
         else:
             running.slots.left_running()
 
-    async def _ends(self, running: _RunningInTasks, grace: float) -> None:
+    async def _ends(self, running: _RunningInTasks) -> None:
         try:
-            await self._end(running, grace)
+            await self._end(running)
         finally:
             if self._running is running:
                 self._running = None
 
-    async def _end(self, running: _RunningInTasks, grace: float) -> None:
+    async def _end(self, running: _RunningInTasks) -> None:
         slots, tasks = running.slots, running.tasks
         await asyncio.wait({running.looking})  # somebody may have cancelled it
         running.listening.cancel()
         await asyncio.gather(running.listening, return_exceptions=True)
-        if tasks:
-            _, late = await asyncio.wait(list(tasks), timeout=grace)
-            for task in late:
-                task.cancel()
-            if late:
-                await asyncio.wait(late, timeout=_CANCELLED_WITHIN)
-            for saga_id in list(slots.busy):
-                fence = slots.fence_of(saga_id)
-                if fence is not None:
-                    slots.given_up(fence, await self._give_up(fence))
+        late = set(tasks)
+        while late and (seconds := slots.left()) > 0:
+            _, late = await asyncio.wait(late, timeout=min(seconds, _HURRIES_AFTER))
+        for task in late:
+            task.cancel()
+        if late:
+            await asyncio.wait(late, timeout=_CANCELLED_WITHIN)
+        for saga_id in list(slots.busy):
+            fence = slots.fence_of(saga_id)
+            if fence is not None:
+                slots.given_up(fence, await self._give_up(fence))
         await self._coordinator.close()
 
     async def _give_up(self, fence: Fence) -> LogUnavailable | None:
