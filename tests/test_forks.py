@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -205,3 +206,27 @@ def test_a_child_may_be_closed_whatever_the_parents_threads_held_at_the_fork(coo
     thread.join()
     assert answer_of(child) is None
     assert coordinator.run(one(coordinator), 2) == 2
+
+
+def test_two_threads_may_fork_while_a_third_writes(log: SagaLog) -> None:
+    def forking() -> None:
+        for _ in range(50):
+            child = forked()
+            if child == 0:
+                os._exit(0)
+            os.waitpid(child, 0)
+
+    ended = threading.Event()
+
+    def writing() -> None:
+        while not ended.is_set():
+            log.create_saga("s", None)
+
+    with ThreadPoolExecutor(3) as pool:
+        writer = pool.submit(writing)
+        forks = [pool.submit(forking) for _ in range(2)]
+        for each in forks:
+            each.result(LONGEST)
+        ended.set()
+        writer.result(LONGEST)
+    assert log.counts() == {"running": log.max_saga_id()}

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from sagalog import AsyncSagaCoordinator, AsyncSagaLog, SagaCoordinator, SagaLog
 from sagalog.coordinator.effects import Write
 from sagalog.errors import LogUnavailable
 from tests.processes import LONGEST, until
-from tests.troubled import Done, Reserve, Shop, reserving
+from tests.troubled import Done, Reserve, Shop, beginning_elsewhere, reserving
 
 
 @pytest.fixture
@@ -191,3 +195,227 @@ def areserving(coordinator: AsyncSagaCoordinator) -> Any:
         return order
 
     return reserving
+
+
+def test_a_lease_is_kept_for_others_though_a_shutdown_is_held_up(log: SagaLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sagalog.coordinator.worker._ANSWERS_WITHIN", 0.1)
+    slow, asked, answers = Slow(), threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool, SagaCoordinator(log, slow.shop.bus, lease=0.6) as coordinator:
+
+        def silent(effect: Any, answer: Callable[[Any], Any]) -> Any:
+            if isinstance(effect, Write) and effect.operation.asked == "submitted":
+                asked.set()
+                answers.wait(LONGEST)
+            return answer(effect)
+
+        saga = reserving(coordinator)
+        coordinator.interpose = silent
+        worker = coordinator.worker()
+        worker.start()
+        running = pool.submit(coordinator.run, saga, 5)
+        assert slow.begun.wait(LONGEST)
+        assert asked.wait(LONGEST)
+        worker.shutdown(grace=0.0)
+        [lease] = log.executors()
+        until(lambda: [later for later in log.executors() if later.lease_until > lease.lease_until])
+        answers.set()
+        slow.may_end.set()
+        assert running.result(LONGEST) == 5
+
+
+def test_a_lease_is_renewed_by_starts_where_its_thread_finds_no_connection(postgres_url: str) -> None:
+    role = f"few_{uuid.uuid4().hex}"
+    server = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    SagaLog.open(postgres_url).close()
+    with server.connect() as connection:
+        connection.execute(text(f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 2"))
+        for those in ("TABLES", "SEQUENCES"):
+            connection.execute(text(f"GRANT ALL ON ALL {those} IN SCHEMA public TO {role}"))
+    engine = create_engine(server.url.set(username=role), pool_size=2, max_overflow=0)
+    with engine.connect(), engine.connect():
+        """The pool is warm: these are all that the role may have."""
+    slow, slower = Slow(), SagaLog(server)
+    coordinator = SagaCoordinator(SagaLog(engine), slow.shop.bus, lease=0.6)
+    saga = reserving(coordinator)
+    coordinator.recover()
+    until(lambda: [lease for lease in slower.executors() if lease.lease_until < lease.read_at])
+    with ThreadPoolExecutor(1) as pool, SagaCoordinator(slower, Shop().bus) as another:
+        reserving(another)
+        running = pool.submit(coordinator.run, saga, 5)
+        assert slow.begun.wait(LONGEST)
+        [lease] = [lease for lease in slower.executors() if lease.open_sagas]
+        slow.may_end.set()
+        assert running.result(LONGEST) == 5
+    assert lease.lease_until > lease.started_at + timedelta(seconds=0.6)
+    coordinator.close()
+    engine.dispose()
+    with server.connect() as connection:
+        connection.execute(text(f"DROP OWNED BY {role}"))
+        connection.execute(text(f"DROP ROLE {role}"))
+    server.dispose()
+
+
+def test_a_saga_whose_loop_is_gone_is_given_back(sqlite_path: Path) -> None:
+    begun = threading.Event()
+    bus, loop = Shop().bus, asyncio.new_event_loop()
+
+    async def hangs(ctx: Any, order: int) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def begin() -> AsyncSagaCoordinator:
+        coordinator = AsyncSagaCoordinator(await AsyncSagaLog.open(sqlite_path), bus)
+        worker = coordinator.worker()
+        await worker.start()
+        await coordinator.submit(coordinator.saga("reserving")(hangs), 1)
+        await asyncio.to_thread(begun.wait, LONGEST)
+        return coordinator
+
+    here = loop.run_until_complete(begin())
+    loop.close()
+    with SagaLog.open(sqlite_path) as log, SagaCoordinator(log, bus) as another:
+        reserving(another)
+        del loop
+        gc.collect()
+        assert until(lambda: another.recover().compensated) == [1]
+    assert here.executor_id
+
+
+def test_the_lease_of_a_coordinator_that_nobody_closed_is_kept_no_longer(log: SagaLog) -> None:
+    def leases() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "sagalog-lease"]
+
+    before = leases()
+    SagaCoordinator(log, Shop().bus).recover()
+    gc.collect()
+    assert until(lambda: set(leases()) <= set(before))
+
+
+def test_a_close_that_was_cancelled_is_made_good_by_the_next(sqlite_path: Path) -> None:
+    async def main() -> list[Any]:
+        async with await AsyncSagaLog.open(sqlite_path) as log:
+            coordinator = AsyncSagaCoordinator(log, Shop().bus)
+            await coordinator.recover()
+            assert len(await log.executors()) == 1
+            closing = asyncio.create_task(coordinator.close())
+            await asyncio.sleep(0)
+            closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+            await coordinator.close()
+            return await log.executors()
+
+    assert asyncio.run(main()) == []
+
+
+def test_a_worker_is_started_in_the_loop_after_the_one_in_which_it_was_left(sqlite_path: Path) -> None:
+    made: list[Any] = []
+
+    async def first() -> None:
+        coordinator = AsyncSagaCoordinator(await AsyncSagaLog.open(sqlite_path), Shop().bus)
+        made.extend((coordinator, coordinator.worker(poll=0.05), areserving(coordinator)))
+        await made[1].start()
+
+    async def second() -> Any:
+        coordinator, worker, saga = made
+        async with worker:
+            result = await coordinator.wait(await coordinator.submit(saga, 5), timeout=LONGEST)
+        await coordinator.log.close()
+        return result
+
+    asyncio.run(first())
+    assert asyncio.run(second()) == 5
+
+
+def test_a_second_shutdown_waits_for_what_the_first_waits_for(log: SagaLog) -> None:
+    slow, ended = Slow(), list[str]()
+    with SagaCoordinator(log, slow.shop.bus) as coordinator:
+        saga_id = coordinator.submit(reserving(coordinator), 5)
+        worker = coordinator.worker(poll=0.05)
+        worker.start()
+        assert slow.begun.wait(LONGEST)
+
+        def shut_down() -> None:
+            worker.shutdown(grace=LONGEST)
+            ended.append(log.get(saga_id).state)
+
+        both = [threading.Thread(target=shut_down) for _ in range(2)]
+        for thread in both:
+            thread.start()
+        both[1].join(0.2)
+        slow.may_end.set()
+        for thread in both:
+            thread.join(LONGEST)
+    assert ended == ["completed", "completed"]
+
+
+def test_a_shutdown_that_was_cancelled_is_ended_by_the_next(sqlite_path: Path) -> None:
+    begun = asyncio.Event()
+
+    async def hangs(ctx: Any, order: int) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def main() -> tuple[Any, list[Any]]:
+        async with await AsyncSagaLog.open(sqlite_path) as log:
+            coordinator = AsyncSagaCoordinator(log, Shop().bus)
+            saga_id = await coordinator.submit(coordinator.saga("hangs")(hangs), 1)
+            worker = coordinator.worker(poll=0.05)
+            await worker.start()
+            await begun.wait()
+            first = asyncio.create_task(worker.shutdown(grace=LONGEST))
+            await asyncio.sleep(0)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            await worker.shutdown(grace=0.0)
+            return (await log.get(saga_id)).executor_id, await log.executors()
+
+    assert asyncio.run(main()) == (None, [])
+
+
+INTERRUPTED = ("core.py", "taking.py", "run.py")
+
+
+def interrupting(number: int) -> Callable[..., Any]:
+    """A trace function that raises at the n-th line of what makes a saga this process's."""
+    left = [number]
+
+    def line(frame: Any, kind: str, _: Any) -> Any:
+        if kind == "line":
+            left[0] -= 1
+            if left[0] == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return line
+
+    return lambda frame, kind, _: line if Path(frame.f_code.co_filename).name in INTERRUPTED else None
+
+
+@pytest.mark.parametrize("what", ["run", "recover"])
+def test_a_process_interrupted_at_any_line_keeps_no_saga(sqlite_path: Path, what: str) -> None:
+    """In a notebook the process lives on, and so does its lease."""
+    shop, number = Shop(), 0
+    with SagaLog.open(sqlite_path, durability="normal") as log:
+        while True:
+            number += 1
+            coordinator = SagaCoordinator(log, shop.bus)
+            saga, here = reserving(coordinator), coordinator.executor_id
+            if what == "recover":
+                beginning_elsewhere(log, "reserving")
+            tracing = sys.gettrace()
+            sys.settrace(interrupting(number))
+            try:
+                coordinator.run(saga, 1) if what == "run" else coordinator.recover()
+                break
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(tracing)
+            until(lambda: here not in [log.get(left.saga_id).executor_id for left in log.unresolved_sagas()])  # noqa: B023
+            coordinator.close()
+            assert log.executors() == []
+            with SagaCoordinator(log, shop.bus) as another:
+                reserving(another)
+                another.recover()
+    assert number > 50

@@ -229,6 +229,32 @@ def test_steps_side_by_side_are_all_done_when_a_thread_cannot_be_started(
     assert sorted(done) == [0, 1, 2]
 
 
+def test_a_sync_handler_of_an_async_coordinator_is_called_when_a_thread_cannot_be_started(
+    sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called, start = [], threading.Thread.start
+
+    def starting(thread: threading.Thread) -> None:
+        if thread.name == "sagalog-handler":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starting)
+
+    def wait(cmd: Wait, step: StepInfo) -> None:
+        called.append(step.step_index)
+
+    async def main() -> Any:
+        async with (
+            await AsyncSagaLog.open(sqlite_path) as log,
+            registered(AsyncSagaCoordinator(log, waiting_bus(wait))) as coordinator,
+        ):
+            return await coordinator.run("waits")
+
+    assert asyncio.run(main()) == "done"
+    assert called == [0]
+
+
 @pytest.mark.parametrize("arguments", [{"poll": float("inf")}, {"poll": float("nan")}, {"concurrency": "8"}], ids=str)
 def test_a_worker_that_could_not_wait_is_refused(log: SagaLog, arguments: Any) -> None:
     with pytest.raises(UnusableHandler, match="worker"):

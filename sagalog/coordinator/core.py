@@ -176,9 +176,11 @@ class Core:
             fence = fence_of(answer)
             if fence is not None:
                 active[fence.saga_id] = fence
-            return answer
-        finally:
             coming.discard(ticket)
+        except BaseException:  # and not finally: a signal's exception may come in the last line
+            coming.discard(ticket)
+            raise
+        return answer
 
     async def claimed(
         self, claim: Callable[[str], Operation[bool]], fence: Fence, wanted: Callable[[], bool] = always
@@ -232,7 +234,7 @@ class Core:
         """Of what was interrupted between two lines: nobody works on it here, or the end of that work is not noted."""
         if self.executor.holds(fence):
             self.executor.active.pop(fence.saga_id, None)
-            self.executor.strand(fence)
+        self.executor.strand(fence)
 
     async def _give_back(self, fence: Fence) -> None:
         try:

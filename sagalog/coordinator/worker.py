@@ -357,7 +357,8 @@ class AsyncWorker:
 
     def wake(self) -> None:
         """Look for work now."""
-        self._wake.set()
+        with suppress(RuntimeError):  # the loop is closed
+            self._wake.set()
 
     async def shutdown(self, grace: float = 10.0) -> None:
         """See `Worker.shutdown`; what runs longer is cancelled, and recovery decides.
