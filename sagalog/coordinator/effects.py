@@ -190,6 +190,8 @@ async def adrive(flow: Flow[R], perform: Callable[[Effect[Any]], Awaitable[Any]]
         while True:
             try:
                 answer = await perform(effect)
+            except GeneratorExit:  # the loop is gone, and the flow perhaps before it
+                raise
             except BaseException as error:
                 effect = flow.throw(error)
             else:
