@@ -291,21 +291,23 @@ def test_the_lease_of_a_coordinator_that_nobody_closed_is_kept_no_longer(log: Sa
     assert until(lambda: set(leases()) <= set(before))
 
 
-def test_a_close_that_was_cancelled_is_made_good_by_the_next(sqlite_path: Path) -> None:
-    async def main() -> list[Any]:
-        async with await AsyncSagaLog.open(sqlite_path) as log:
-            coordinator = AsyncSagaCoordinator(log, Shop().bus)
-            await coordinator.recover()
-            assert len(await log.executors()) == 1
-            closing = asyncio.create_task(coordinator.close())
-            await asyncio.sleep(0)
-            closing.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await closing
-            await coordinator.close()
-            return await log.executors()
+def test_a_close_that_was_interrupted_is_made_good_by_the_next(log: SagaLog, migrated_url: str) -> None:
+    engine = create_engine(migrated_url)
+    coordinator = SagaCoordinator(SagaLog(engine), Shop().bus)
+    coordinator.recover()
+    assert len(log.executors()) == 1
+    closing, interrupts = threading.current_thread(), [KeyboardInterrupt()]
 
-    assert asyncio.run(main()) == []
+    def interrupt(*_: Any) -> None:
+        if threading.current_thread() is closing and interrupts:
+            raise interrupts.pop()
+
+    event.listen(engine, "checkout", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        coordinator.close()
+    coordinator.close()
+    assert log.executors() == []
+    engine.dispose()
 
 
 def test_a_worker_is_started_in_the_loop_after_the_one_in_which_it_was_left(sqlite_path: Path) -> None:
