@@ -203,18 +203,23 @@ def test_a_worker_goes_on_when_a_thread_cannot_be_started(log: SagaLog, monkeypa
         assert coordinator.wait(submitted, timeout=30) == 1
 
 
-def test_steps_side_by_side_are_all_done_when_a_thread_cannot_be_started(
-    log: SagaLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = []
+def without_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The process has no more threads for those of this name."""
     start = threading.Thread.start
 
     def starting(thread: threading.Thread) -> None:
-        if thread.name == "sagalog-dispatch-1":
+        if thread.name == name:
             raise RuntimeError("can't start new thread")
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", starting)
+
+
+def test_steps_side_by_side_are_all_done_when_a_thread_cannot_be_started(
+    log: SagaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+    without_thread(monkeypatch, "sagalog-dispatch-1")
 
     def wait(cmd: Wait, step: StepInfo) -> None:
         done.append(step.step_index)
@@ -232,14 +237,8 @@ def test_steps_side_by_side_are_all_done_when_a_thread_cannot_be_started(
 def test_a_sync_handler_of_an_async_coordinator_is_called_when_a_thread_cannot_be_started(
     sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    called, start = [], threading.Thread.start
-
-    def starting(thread: threading.Thread) -> None:
-        if thread.name == "sagalog-handler":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
-    monkeypatch.setattr(threading.Thread, "start", starting)
+    called = []
+    without_thread(monkeypatch, "sagalog-handler")
 
     def wait(cmd: Wait, step: StepInfo) -> None:
         called.append(step.step_index)

@@ -122,11 +122,11 @@ class AsyncSagaCoordinator(Shell):
 
     async def close(self) -> None:
         """See `SagaCoordinator.close`."""
-        retired = await asyncio.to_thread(self._core.executor.retirement)
-        if retired:
+        executor = self._core.executor
+        for retired in await asyncio.to_thread(executor.retirement):
             try:
                 await self.log._bind.perform(claiming.retire(retired))
-                self._core.executor.are_gone(retired)
+                executor.is_gone(retired)
             except SagaLogError as error:
                 lease_stays(error)
 

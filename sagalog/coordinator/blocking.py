@@ -208,11 +208,11 @@ class SagaCoordinator(Shell):
 
     def close(self) -> None:
         """Give up the lease; the log stays open. Calling it again does nothing."""
-        retired = self._core.executor.retirement()
-        if retired:
+        executor = self._core.executor
+        for retired in executor.retirement():
             try:
                 self.log._bind.perform(claiming.retire(retired))
-                self._core.executor.are_gone(retired)
+                executor.is_gone(retired)
             except SagaLogError as error:
                 lease_stays(error)
 

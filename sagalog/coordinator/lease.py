@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import Any
 
 from sagalog.errors import SagaLogError
@@ -187,7 +188,7 @@ class Executor:
         What begins after it begins under another identity, whose lease nobody gives up.
 
         Returns:
-            The identities whose leases are to be given up; `are_gone` is told once they are.
+            The identities whose leases are to be given up; `is_gone` is told of each that is.
         """
         thread = None
         with self._changing:
@@ -200,10 +201,10 @@ class Executor:
         _join(thread)  # it would write the lease once more
         return retired
 
-    def are_gone(self, retired: Collection[str]) -> None:
-        """The leases of these identities were given up."""
-        with self._changing:
-            self._retired = [executor_id for executor_id in self._retired if executor_id not in retired]
+    def is_gone(self, retired: str) -> None:
+        """The lease of this identity was given up."""
+        with self._changing, suppress(ValueError):  # another close was faster
+            self._retired.remove(retired)
 
     def stop(self) -> None:
         """Stop the thread; the lease runs out by itself."""

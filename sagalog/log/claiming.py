@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sagalog.log.database import Call, Database, Kind, Operation
@@ -30,14 +30,13 @@ def renew(executor_id: str, label: str, lease_ms: int) -> Operation[None]:
     return Call("renew", Kind.WRITE, run)
 
 
-def retire(executor_ids: Sequence[str]) -> Operation[None]:
-    """The executors are gone; whatever they still own is anybody's at once."""
+def retire(executor_id: str) -> Operation[None]:
+    """The executor is gone; whatever it still owns is anybody's at once."""
 
     def run(db: Database) -> None:
-        for executor_id in executor_ids:
-            db.write(db.sql.executors.retire, {"executor_": executor_id})
+        db.write(db.sql.executors.retire, {"executor_": executor_id})
 
-    return Call("retire", Kind.SEVERAL, run)
+    return Call("retire", Kind.WRITE, run)
 
 
 def forget_dead(older_than_ms: int) -> Operation[None]:
