@@ -310,6 +310,20 @@ def test_a_close_that_was_interrupted_is_made_good_by_the_next(log: SagaLog, mig
     engine.dispose()
 
 
+def test_a_lease_is_given_up_though_the_connections_ended_meanwhile(postgres_url: str) -> None:
+    SagaLog.open(postgres_url).close()
+    engine, server = create_engine(postgres_url), create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    coordinator = SagaCoordinator(SagaLog(engine), Shop().bus)
+    coordinator.recover()
+    others = "datname = current_database() AND pid <> pg_backend_pid()"
+    with server.connect() as connection:
+        connection.execute(text(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE {others}"))
+    coordinator.close()
+    assert SagaLog(server).executors() == []
+    for each in (engine, server):
+        each.dispose()
+
+
 def test_a_worker_is_started_in_the_loop_after_the_one_in_which_it_was_left(sqlite_path: Path) -> None:
     made: list[Any] = []
 
