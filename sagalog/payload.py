@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -149,7 +149,7 @@ def decode_as(kind: type[T], text: str | None, column: str, saga_id: int | None,
         PayloadError: The stored text is not JSON, or does not fit `kind`.
     """
     try:
-        decoded: T = _adapter(cast(Any, kind)).validator.validate_json(text or "null")
+        decoded: T = _adapter(kind).validator.validate_json(text or "null")  # type: ignore[arg-type]
     except ValueError as error:
         problem = (
             f"does not fit {getattr(kind, '__name__', kind)} ({getattr(error, 'error_count', lambda: 1)()} errors)"

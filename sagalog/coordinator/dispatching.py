@@ -129,7 +129,7 @@ def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Any, Operation[
     """The next step, its command as the log holds it, and the write that begins it if the log does not hold it yet."""
     index = run.take_index()
     text, held = as_held(run, handler, cmd, index, f"dispatch of {handler.name}")
-    recorded = _recorded(run, index, handler.name, text)
+    recorded = _recorded(run, index, handler.name, text) if run.replay else None
     if recorded is not None:
         recorded.given = cmd
         return recorded, held, None

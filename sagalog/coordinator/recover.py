@@ -109,8 +109,7 @@ async def finish_claimed(recovery: Recovery, fence: Fence, executor_id: str) -> 
     try:
         run = _run_of(recovery, record, fence)
     except PayloadError as error:
-        record.steps = []
-        unread = _run_of(recovery, record, fence)
+        unread = _run_of(recovery, record._replace(steps=[]), fence)
         return await to_person(unread, f"its rows cannot be read: {error}")
     end = await _resolved(recovery, run, record)
     if end.waits is not None:
@@ -127,7 +126,7 @@ def _run_of(recovery: Recovery, record: Stored, fence: Fence) -> Run:
         name=record.name,
         state=known_state(SagaState, record.state, record.saga_id),
         deadline_at=record.deadline_at,
-        steps=[Step.of(step) for step in record.steps],
+        steps=[Step.of(record.saga_id, step) for step in record.steps],
         patient=False,
         again=recovery.again,
     )
@@ -166,13 +165,10 @@ def refuse_unknown(recovery: Recovery, record: Stored) -> None:
 def may_resume(recovery: Recovery, run: Run, record: Stored) -> bool:
     """Whether the saga's function runs again: it was running, no undo began, and this function may go on with it."""
     definition = run.definition
-    if definition is None or record.version not in definition.resumes or run.undos:
+    if record.state != SagaState.RUNNING or definition is None or record.version not in definition.resumes:
         return False
-    if record.state != SagaState.RUNNING:
-        return False
-    if run.reached_pivot:
-        return True
-    return recovery.on_crash == "resume" and record.cancel_reason is None
+    wanted = recovery.on_crash == "resume" and record.cancel_reason is None
+    return (wanted or run.reached_pivot) and not run.undos
 
 
 def _pivot_is_done(run: Run) -> bool:

@@ -5,7 +5,6 @@ The flows of this package do no I/O: they await effects.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -26,6 +25,7 @@ from sagalog.errors import (
 from sagalog.log import fencing, owning
 from sagalog.log.database import Operation
 from sagalog.log.fencing import Fence
+from sagalog.log.forking import Generation
 from sagalog.log.reading import StoredStep
 from sagalog.moments import MOMENT, now_ms
 from sagalog.payload import printable
@@ -51,6 +51,11 @@ being_called: Final[ContextVar[tuple[Calling, ...]]] = ContextVar("sagalog_being
 """The handlers that are being called here."""
 
 
+_KNOWN: Final[dict[type[Any], dict[str, Any]]] = {
+    kind: {state.value: state for state in kind} for kind in (SagaState, StepState)
+}
+
+
 class Stopped(SagaLogError):
     """The saga may not go on: it was asked to cancel, its time is up, or it differs from what the log holds."""
 
@@ -64,8 +69,9 @@ def known_state(kind: type[S], found: str, saga_id: int, step_index: int | None 
         PayloadError: This library knows none of that name.
     """
     try:
-        return kind(found)
-    except ValueError:
+        known: S = _KNOWN[kind][found]
+        return known
+    except KeyError:
         raise PayloadError(
             f"working on {where(saga_id, step_index)}",
             f"the stored state {printable(found)!r} is none that this library knows",
@@ -98,23 +104,15 @@ class Step:
     tries: int = 0
 
     @classmethod
-    def of(cls, record: StoredStep) -> Step:
+    def of(cls, saga_id: int, stored: StoredStep) -> Step:
         """From the log.
 
         Raises:
             PayloadError: Its state is none that this library knows.
         """
-        return cls(
-            index=record.step_index,
-            name=record.name,
-            cmd_json=record.cmd_json,
-            state=known_state(StepState, record.state, record.saga_id, record.step_index),
-            started_at=record.started_at,
-            deadline_at=record.deadline_at,
-            output_json=record.output_json,
-            compensated_by=record.compensated_by,
-            error=record.error,
-        )
+        index, name, cmd_json, found, started_at, deadline_at, output_json, compensated_by, error = stored
+        state = known_state(StepState, found, saga_id, index)
+        return cls(index, name, cmd_json, state, started_at, deadline_at, output_json, compensated_by, error)
 
     @property
     def own(self) -> bool:
@@ -200,7 +198,7 @@ class Run:
         self.over = False
         self.calls: set[object] = set()
         self.reserving = threading.RLock()
-        self._pid = os.getpid()
+        self._generation = Generation.number
         self._held: list[Operation[None]] = []
         self._index = 0
         self.uuids = 0
@@ -212,6 +210,11 @@ class Run:
     def undos(self) -> set[int]:
         """The indexes of rows that undo others."""
         return {step.compensated_by for step in self.steps.values() if step.compensated_by is not None}
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether a step is pending, as far as this process knows."""
+        return StepState.PENDING in [step.state for step in self.steps.values()]
 
     def forward(self) -> list[Step]:
         """The steps that went forward, newest first."""
@@ -354,7 +357,7 @@ class Run:
             return await self._write(operation)
 
     async def _write(self, operation: Operation[R]) -> R:
-        if os.getpid() != self._pid:
+        if self._generation != Generation.number:
             # A forked child knows the parent's epoch, and is not the parent.
             raise self.stop(LeaseLost(operation.asked, self.saga_id, epoch=self.fence.epoch, found=self.fence.epoch))
         try:

@@ -79,7 +79,7 @@ async def unwind(run: Run, reason: str) -> End:
         LeaseLost, LogUnavailable: The saga is not, or cannot be, written any more.
     """
     try:
-        if run.unsure or any(step.state is StepState.PENDING for step in run.steps.values()):
+        if run.unsure or run.unsettled:
             await _reload(run)
             if run.state is SagaState.COMPLETED:
                 return End(run.state, "")
@@ -88,7 +88,8 @@ async def unwind(run: Run, reason: str) -> End:
         if run.state is SagaState.FAILED:
             _begin(run, reason)  # of a failed saga no step can be ended
             await run.flush()
-        await _settle_doubts(run, begun=begun)
+        if run.unsettled:
+            await _settle_doubts(run, begun=begun)
         if run.reached_pivot:
             return await to_person(run, _also(reason, "a step that cannot be undone succeeded, or is in doubt"))
         if any(step.open for step in run.steps.values()):
@@ -143,7 +144,7 @@ async def _reload(run: Run) -> None:
     if record.state == SagaState.COMPLETED:
         run.state = SagaState.COMPLETED
     for stored in record.steps:
-        step = Step.of(stored)
+        step = Step.of(run.saga_id, stored)
         before = run.steps.get(step.index)
         if before is not None:
             step.given, step.tries = before.given, before.tries
@@ -167,8 +168,10 @@ def _check_callable(run: Run, handler: Handler) -> None:
 
 def require_handlers(run: Run) -> None:
     """Nothing is begun for a saga that this process could not undo to its end."""
+    seen = set()
     for step in run.steps.values():
-        if step.open and not step.own:
+        if step.open and step.name not in seen and not step.own:
+            seen.add(step.name)
             _handler(run, step)
 
 

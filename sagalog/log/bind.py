@@ -101,6 +101,7 @@ def is_closed(error: BaseException) -> bool:
 
 
 _CLOSED = "closed"
+_BEGIN = "BEGIN IMMEDIATE"
 
 
 def begin_immediate(execute: Callable[[str], Any], seconds: float, sleep: Callable[[float], Any]) -> None:
@@ -114,7 +115,12 @@ def begin_immediate(execute: Callable[[str], Any], seconds: float, sleep: Callab
         seconds: How long to try.
         sleep: Waits so many seconds.
     """
-    retry_while_busy(lambda: execute("BEGIN IMMEDIATE"), seconds, sleep)
+    try:
+        execute(_BEGIN)
+    except Exception as error:
+        if sqlite_code(error) != SQLITE_BUSY:
+            raise
+        retry_while_busy(lambda: execute(_BEGIN), seconds, sleep)
 
 
 def retry_while_busy(attempt: Callable[[], R], seconds: float, sleep: Callable[[float], Any]) -> R:

@@ -29,6 +29,12 @@ def leave_to_parent(*inherited: Any) -> None:
     _inherited.append(inherited)
 
 
+class Generation:
+    """How many forks lie between this process and the one that loaded sagalog; asking the system costs a call each."""
+
+    number = 0
+
+
 _inherited: list[Any] = []
 _told: WeakSet[Forks] = WeakSet()
 _forking: list[Forks] = []
@@ -69,6 +75,7 @@ def _after_fork_in_parent() -> None:
 def _after_fork_in_child() -> None:
     # All, not only those told before: a server that forks from C calls this hook alone.
     global _one_fork, _telling
+    Generation.number += 1
     _one_fork, _telling = threading.Lock(), threading.Lock()
     _forking.clear()
     for bind in list(_told):

@@ -82,7 +82,10 @@ def _ready(clause: Executable, dialect: Dialect) -> Ready:
         raise TypeError(f"these values would need SQLAlchemy's processors: {sorted(compiled._bind_processors)}")
     fixed = {name: value for name, value in compiled.params.items() if value is not None}
     order: list[str] = compiled.positiontup
-    if fixed or len(order) < 2:  # SQLite writes LIMIT as LIMIT ? OFFSET 0
+    if len(order) == 1 and not fixed:
+        only = order[0]
+        return str(compiled), lambda values: (values[only],)
+    if fixed or not order:  # SQLite writes LIMIT as LIMIT ? OFFSET 0
         return str(compiled), lambda values: tuple({**fixed, **values}[name] for name in order)
     return str(compiled), itemgetter(*order)
 
