@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from sqlalchemy import Engine
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
+from sagalog.log.connections import CHECKPOINT_BESIDE
 from sagalog.log.database import Operation
 from sagalog.log.engine import EngineBind
 from sagalog.log.file import FileBind
@@ -40,7 +41,9 @@ def apart_of(bind: object) -> Apart | None:
     inner = inner_bind(bind)
     if isinstance(inner, FileBind):
         # In memory the log itself may be used by any thread; it is not this one's to close.
-        return _Shared(inner) if inner.path is None else FileBind(inner.path, inner.sql, durability=inner.durability)
+        if inner.path is None:
+            return _Shared(inner)
+        return FileBind(inner.path, inner.sql, durability=inner.durability, checkpoint_after=CHECKPOINT_BESIDE)
     if not isinstance(inner, EngineBind) or isinstance(inner.engine.pool, StaticPool | SingletonThreadPool):
         return None
     own = own_engine(inner.engine)

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 from urllib.parse import quote
 
 from sqlalchemy import Engine, create_engine
@@ -20,8 +20,11 @@ from sagalog.log.statements import Statements
 
 Durability: TypeAlias = Literal["full", "normal"]
 _JOURNAL_LIMIT = 64 * 1024 * 1024
-_CHECKPOINT_AFTER = 2000
+CHECKPOINT_AFTER: Final = 2000
 """Pages of the write-ahead log: as many bytes as SQLite's own 1000 are, of a file whose pages are twice as large."""
+CHECKPOINT_BESIDE: Final = 8 * CHECKPOINT_AFTER
+"""The same of a connection beside another one that writes: until SQLite 3.51.3 a checkpoint could lose commits if two
+connections of a process made one at once."""
 
 
 def file_uri(path: str) -> str:
@@ -47,6 +50,7 @@ class Connections:
         sql: The statements.
         durability: "full" or "normal", SQLite's synchronous.
         fill: Fills a new in-memory connection.
+        checkpoint_after: Pages of the write-ahead log after which a commit moves them into the file.
 
     Attributes:
         writer: The connection that writes; None until it is needed.
@@ -61,8 +65,10 @@ class Connections:
         sql: Statements,
         durability: Durability,
         fill: Callable[[sqlite3.Connection], None] | None,
+        checkpoint_after: int,
     ) -> None:
         self.path = path
+        self._checkpoint_after = checkpoint_after
         self._sql = sql
         self._synchronous = {"full": "FULL", "normal": "NORMAL"}[durability]
         self.writer: sqlite3.Connection | None = None
@@ -78,7 +84,7 @@ class Connections:
             "temp_store = MEMORY",
             f"synchronous = {self._synchronous}",
             f"journal_size_limit = {_JOURNAL_LIMIT}",
-            f"wal_autocheckpoint = {_CHECKPOINT_AFTER}",
+            f"wal_autocheckpoint = {self._checkpoint_after}",
         ):
             connection.execute(f"PRAGMA {pragma}").close()
         return connection

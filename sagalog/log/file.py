@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from sagalog.errors import LogUnavailable, SagaLogError, UnusableBind
 from sagalog.log.bind import begin_immediate, refuse_finished, retry_while_busy
-from sagalog.log.connections import Connections, Durability
+from sagalog.log.connections import CHECKPOINT_AFTER, Connections, Durability
 from sagalog.log.database import Call, CursorDatabase, Kind, Operation
 from sagalog.log.faults import SQLITE_BUSY, is_fault, sqlite_code, translate
 from sagalog.log.forking import tell_no_more, tell_of_forks
@@ -37,6 +37,7 @@ class FileBind:
         sql: The statements.
         durability: "full" or "normal", SQLite's synchronous.
         fill: Fills a new in-memory connection.
+        checkpoint_after: Pages of the write-ahead log after which a commit moves them into the file.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class FileBind:
         *,
         durability: Durability = "full",
         fill: Callable[[sqlite3.Connection], None] | None = None,
+        checkpoint_after: int = CHECKPOINT_AFTER,
     ) -> None:
         self.name = path or "a database in memory"
         self._path = path
@@ -54,7 +56,7 @@ class FileBind:
         self._leads_for_fork = False
         self._turns = Turns()
         self._read_lock = threading.Lock()
-        self._connections = Connections(path, sql, durability, fill)
+        self._connections = Connections(path, sql, durability, fill, checkpoint_after)
         tell_of_forks(self)
 
     @property
