@@ -195,7 +195,7 @@ def test_a_child_may_be_closed_whatever_the_parents_threads_held_at_the_fork(coo
     held, forked = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with lease._wake:
+        with lease.owed._changed:
             held.set()
             forked.wait()
 

@@ -171,9 +171,9 @@ class AsyncSagaCoordinator(Shell):
             return Settled(None, error)
 
     async def _invoke(self, effect: Invoke[Any]) -> Any:
-        handler, executor = effect.handler, self._core.executor
+        handler, owed = effect.handler, self._core.executor.owed  # a forked child has another one
         limit = asyncio.timeout(handler.timeout)
-        ticket = executor.watch(effect.fence, effect.info.step_index, handler.timeout + _STUBBORN, handler.settle)
+        ticket = owed.watch(effect.fence, effect.info.step_index, handler.timeout + _STUBBORN, handler.settle)
         try:
             async with limit:
                 return await self._called(effect)
@@ -187,7 +187,7 @@ class AsyncSagaCoordinator(Shell):
                 raise
             raise Cancelled("its handler let the cancellation of something else out") from error
         finally:
-            executor.unwatch(ticket)
+            owed.unwatch(ticket)
 
     async def _called(self, effect: Invoke[Any]) -> Any:
         handler = effect.handler

@@ -247,14 +247,14 @@ class SagaCoordinator(Shell):
         return self._together(effect)
 
     def _invoke(self, effect: Invoke[Any]) -> Any:
-        handler, executor = effect.handler, self._core.executor
-        ticket = executor.watch(effect.fence, effect.info.step_index, handler.timeout, handler.settle)
+        handler, owed = effect.handler, self._core.executor.owed  # a forked child has another one
+        ticket = owed.watch(effect.fence, effect.info.step_index, handler.timeout, handler.settle)
         try:
             if handler.transactional:
                 return self._transactions.perform(effect)
             return handler.function(*effect.arguments(None))
         finally:
-            executor.unwatch(ticket)
+            owed.unwatch(ticket)
 
     def _together(self, effect: Together[Any]) -> list[Settled[Any]]:
         ends: list[Settled[Any]] = [Settled(None, None)] * len(effect.flows)

@@ -103,7 +103,7 @@ class Core:
             executor_id = executor.executor_id
             if self.environment is not None and not executor.is_registered:
                 await Write(claiming.environment(self.environment))  # a copy of this log will know it by that
-            await Write(executor.renewal(executor_id))
+            await Write(executor.begin_renewal(executor_id))
             executor.renewed(executor_id)
 
     async def run(self, definition: Definition, input: Any, key: str | None) -> Any:

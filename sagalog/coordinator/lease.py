@@ -1,12 +1,11 @@
-"""A process as an executor: its identity, its lease, and a thread that keeps both beside the work.
+"""A process as an executor: its identity, what it works on, its lease, and a thread that keeps it beside the work.
 
-The thread renews the lease, gives up what hangs, and gives back what this
-process no longer works on. It has connections of its own.
+The thread has connections of its own. It renews the lease, and does what this
+process owes the log (see `owed`).
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import socket
@@ -17,6 +16,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
+from sagalog.coordinator.owed import WRITTEN, Owed
 from sagalog.errors import SagaLogError
 from sagalog.log import claiming, owning
 from sagalog.log.apart import Apart
@@ -24,10 +24,8 @@ from sagalog.log.bind import is_closed
 from sagalog.log.database import Operation
 from sagalog.log.fencing import Fence
 from sagalog.log.forking import tell_of_forks
-from sagalog.moments import now_ms
 
 _log = logging.getLogger("sagalog")
-_WRITTEN = "written"
 _ENDS_WITHIN = 10.0
 """Seconds in which the thread of an identity that is given up ends."""
 
@@ -65,11 +63,8 @@ class Executor:
         self.given_up: set[Fence] = set()
         self.coming: set[object] = set()
         self.claiming: dict[int, Fence] = {}
-        self._wake = threading.Condition()
+        self.owed = Owed(self._gave_up)
         self._changing = threading.RLock()  # a signal's handler may close the coordinator
-        self._watched: dict[int, tuple[float, Fence, int, float]] = {}
-        self._tickets = itertools.count()
-        self._stranded: list[tuple[Operation[None], str]] = []
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._registered = False
@@ -98,8 +93,8 @@ class Executor:
         with self._changing:
             self.coming.add(ticket)
 
-    def renewal(self, executor_id: str) -> Operation[None]:
-        """What renews the lease of this identity."""
+    def begin_renewal(self, executor_id: str) -> Operation[None]:
+        """What renews the lease of this identity, which may be in the log from now on."""
         self._asked = True
         return claiming.renew(executor_id, self.label, self.lease_ms)
 
@@ -149,23 +144,6 @@ class Executor:
         now = time.monotonic()
         self._renew_at, self._ends_at = now + self.lease / 3, now + self.lease
 
-    def watch(self, fence: Fence, step_index: int, seconds: float, settle: float) -> int:
-        """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over.
-
-        Returns:
-            What `unwatch` wants, once the handler is done.
-        """
-        ticket = next(self._tickets)
-        self._watched[ticket] = (time.monotonic() + seconds, fence, step_index, settle)
-        if seconds < self.lease / 3:
-            with self._wake:
-                self._wake.notify()
-        return ticket
-
-    def unwatch(self, ticket: int) -> None:
-        """The handler is done."""
-        self._watched.pop(ticket, None)
-
     def holds(self, fence: Fence) -> bool:
         """Whether this process works on a saga under this fence, and has not given it up."""
         return self.active.get(fence.saga_id) is fence
@@ -173,16 +151,16 @@ class Executor:
     def strand(self, fence: Fence) -> None:
         """A saga that this process stopped working on, and could not give back."""
         release = owning.release(fence, self.executor_id, counted=True)
-        self._give_back_later(release, f"saga {fence.saga_id} stays here")
+        self.owed.strand(release, f"saga {fence.saga_id} stays here")
 
     def strand_begun(self, token: str, executor_id: str) -> None:
         """A saga may have been begun under this token, and could not be given back."""
-        self._give_back_later(owning.release_begun(token, executor_id), "a saga that may have been begun stays here")
+        self.owed.strand(owning.release_begun(token, executor_id), "a saga that may have been begun stays here")
 
-    def _give_back_later(self, release: Operation[None], problem: str) -> None:
-        with self._wake:
-            self._stranded.append((release, problem))
-            self._wake.notify()
+    def _gave_up(self, fence: Fence) -> None:
+        if self.holds(fence):
+            self.active.pop(fence.saga_id, None)  # its own thread may have ended it in between
+            self.given_up.add(fence)
 
     def retirement(self) -> tuple[str, ...]:
         """Give the identity up, unless it is still in use.
@@ -222,10 +200,9 @@ class Executor:
                 self._stop()
 
     def _stop(self) -> threading.Thread | None:
-        with self._wake:
-            self._closing.set()  # for ever, of a thread that is held up now and comes to look later
-            self._closing = threading.Event()
-            self._wake.notify()
+        self._closing.set()  # for ever, of a thread that is held up now and comes to look later
+        self._closing = threading.Event()
+        self.owed.wake()
         thread, self._thread = self._thread, None
         self._registered = self._asked = False
         return thread
@@ -233,60 +210,38 @@ class Executor:
     # The thread
 
     def _keep(self, executor_id: str, apart: Apart, closing: threading.Event) -> None:
+        def attempt(operation: Operation[Any], problem: str) -> str | None:
+            return self._attempt(apart, operation, problem)
+
+        def renew() -> None:
+            if time.monotonic() >= self._renew_at:
+                self._renew(executor_id, apart)
+
         try:
-            while self._wait(closing):
-                self._renew_if_due(executor_id, apart)
-                self._give_up_overdue(apart)
-                self._give_back(executor_id, apart)
+            while self.owed.wait(self._renew_at, closing):
+                renew()
+                self.owed.give_up_overdue(attempt)
+                self.owed.give_back(attempt, self._pause, renew)
         except _NothingToKeep:
             pass  # nobody can write under this lease any more
         finally:
             apart.close()
 
-    def _renew_if_due(self, executor_id: str, apart: Apart) -> None:
-        if time.monotonic() >= self._renew_at:
-            done = self._attempt(apart, self.renewal(executor_id), "the lease could not be renewed")
-            if executor_id != self.executor_id:
-                return
-            if done == _WRITTEN:
-                self._was_written()
-            else:
-                self._renew_at = time.monotonic() + min(1.0, self.lease / 10)
+    @property
+    def _pause(self) -> float:
+        return min(1.0, self.lease / 10)
 
-    def _wait(self, closing: threading.Event) -> bool:
-        with self._wake:
-            if closing.is_set():
-                return False
-            due = min([self._renew_at, *(entry[0] for entry in list(self._watched.values()))])
-            if not self._stranded:
-                self._wake.wait(max(0.0, due - time.monotonic()))
-            return not closing.is_set()
-
-    def _give_up_overdue(self, apart: Apart) -> None:
-        now = time.monotonic()
-        for ticket, (due, fence, step_index, settle) in list(self._watched.items()):
-            if due <= now and self._watched.pop(ticket, None) is not None:
-                operation = owning.give_up(
-                    fence, step_index, "its handler outlived its timeout", now_ms() + int(settle * 1000)
-                )
-                done = self._attempt(apart, operation, f"saga {fence.saga_id} could not be given up")
-                if done is None:
-                    self._watched[ticket] = (now + 1.0, fence, step_index, settle)
-                elif done != "invalid_transition" and self.holds(fence):  # but its step has ended
-                    self.active.pop(fence.saga_id, None)  # its own thread may have ended it in between
-                    self.given_up.add(fence)
-
-    def _give_back(self, executor_id: str, apart: Apart) -> None:
-        with self._wake:
-            stranded, self._stranded = self._stranded, []
-        for release, problem in stranded:
-            self._renew_if_due(executor_id, apart)  # each may wait for a lock
-            if self._attempt(apart, release, problem) is None:
-                time.sleep(min(1.0, self.lease / 10))
-                self._stranded.append((release, problem))
+    def _renew(self, executor_id: str, apart: Apart) -> None:
+        done = self._attempt(apart, self.begin_renewal(executor_id), "the lease could not be renewed")
+        if executor_id != self.executor_id:
+            return
+        if done == WRITTEN:
+            self._was_written()
+        else:
+            self._renew_at = time.monotonic() + self._pause
 
     def _attempt(self, apart: Apart, operation: Operation[Any], problem: str) -> str | None:
-        """`_WRITTEN`, or the code of the refusal; None if it has to be tried again."""
+        """See `owed.Attempt`."""
         try:
             apart.perform(operation)
         except SagaLogError as error:
@@ -299,4 +254,4 @@ class Executor:
         except Exception:
             _log.exception("executor %s: %s", self.executor_id, problem)
             return None
-        return _WRITTEN
+        return WRITTEN
