@@ -325,6 +325,13 @@ def migrated_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def own_log(migrated_url: str) -> Iterator[SagaLog]:
+    """A log that is opened for the test, on both databases."""
+    with SagaLog.open(migrated_url) as opened:
+        yield opened
+
+
+@pytest.fixture
 def bare(sqlite_path: Path) -> Iterator[sqlite3.Connection]:
     """The standard library on the test's file."""
     connection = sqlite3.connect(sqlite_path, isolation_level=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,12 @@ from sagalog.errors import UnusableHandler
 from tests.coordinating import Stage
 from tests.troubled import Charge, Done, Killed, Release, Reserve, Shop, reserving
 
-
-@pytest.fixture
-def log(migrated_url: str) -> Iterator[SagaLog]:
-    with SagaLog.open(migrated_url) as opened:
-        yield opened
-
-
 # What is known of a step
 
 
-def test_a_timeout_shorter_than_a_write_is_stretched_until_the_handler_is_called(log: SagaLog) -> None:
+def test_a_timeout_shorter_than_a_write_is_stretched_until_the_handler_is_called(own_log: SagaLog) -> None:
     shop = Shop(timeout=0.0001, settle=0.0)
-    with SagaCoordinator(log, shop.bus) as coordinator:
+    with SagaCoordinator(own_log, shop.bus) as coordinator:
         assert coordinator.run(reserving(coordinator), 1) == 1
     assert shop.verbs == ["reserve"]
 
@@ -64,7 +57,7 @@ def test_a_timeout_is_no_rejection_whatever_the_handler_rejects_with(sqlite_path
         asked.append("release")
 
     async def main() -> None:
-        async with await AsyncSagaLog.open(sqlite_path) as log, AsyncSagaCoordinator(log, bus) as coordinator:
+        async with await AsyncSagaLog.open(sqlite_path) as own_log, AsyncSagaCoordinator(own_log, bus) as coordinator:
 
             @coordinator.saga("reserving")
             async def reserving(ctx: Any, order: int) -> None:
@@ -93,7 +86,7 @@ def test_an_async_handler_behind_a_plain_decorator_is_awaited(sqlite_path: Any) 
         return Done()
 
     async def main() -> Done:
-        async with await AsyncSagaLog.open(sqlite_path) as log, AsyncSagaCoordinator(log, bus) as coordinator:
+        async with await AsyncSagaLog.open(sqlite_path) as own_log, AsyncSagaCoordinator(own_log, bus) as coordinator:
 
             @coordinator.saga("reserving")
             async def reserving(ctx: Any, order: int) -> Done:
@@ -106,19 +99,19 @@ def test_an_async_handler_behind_a_plain_decorator_is_awaited(sqlite_path: Any) 
     assert asyncio.run(main()) == Done()
 
 
-def test_a_step_is_tried_as_often_as_its_handler_says_and_no_more(log: SagaLog) -> None:
+def test_a_step_is_tried_as_often_as_its_handler_says_and_no_more(own_log: SagaLog) -> None:
     def failing(step: StepInfo) -> Done:
         raise RuntimeError("no answer")
 
     shop = Shop(reserve=failing, retry=Retry(attempts=3, initial=0.0), settle=0.0)
-    with SagaCoordinator(log, shop.bus) as coordinator, pytest.raises(SagaFailed):
+    with SagaCoordinator(own_log, shop.bus) as coordinator, pytest.raises(SagaFailed):
         coordinator.run(reserving(coordinator), 1)
     assert shop.verbs == ["reserve"] * 3
 
 
 def test_a_slow_write_before_a_step_does_not_end_its_saga(sqlite_path: Any) -> None:
     shop = Shop(timeout=0.05, settle=0.0)
-    with SagaLog.open(sqlite_path) as log, SagaCoordinator(log, shop.bus) as coordinator:
+    with SagaLog.open(sqlite_path) as own_log, SagaCoordinator(own_log, shop.bus) as coordinator:
         saga = reserving(coordinator)
 
         def waiting(effect: Any, answer: Callable[[Any], Any]) -> Any:
@@ -134,13 +127,13 @@ def test_a_slow_write_before_a_step_does_not_end_its_saga(sqlite_path: Any) -> N
     assert shop.verbs == ["reserve"]
 
 
-def test_the_reason_of_a_rejection_is_the_same_on_a_resume(log: SagaLog) -> None:
+def test_the_reason_of_a_rejection_is_the_same_on_a_resume(own_log: SagaLog) -> None:
     def rejecting(step: StepInfo) -> Done:
         raise StepRejected("sold \x00 out")
 
     reasons: list[str] = []
     shop = Shop(reserve=rejecting)
-    with SagaCoordinator(log, shop.bus, on_crash="resume") as coordinator:
+    with SagaCoordinator(own_log, shop.bus, on_crash="resume") as coordinator:
 
         @coordinator.saga("asking")
         def asking(ctx: Any, order: int) -> None:
@@ -160,10 +153,10 @@ def test_the_reason_of_a_rejection_is_the_same_on_a_resume(log: SagaLog) -> None
 # Going on, and undoing by hand
 
 
-def test_a_resumed_function_that_undoes_before_it_did_what_the_log_holds_is_undone(log: SagaLog) -> None:
+def test_a_resumed_function_that_undoes_before_it_did_what_the_log_holds_is_undone(own_log: SagaLog) -> None:
     shop = Shop()
     lives: list[int] = []
-    with SagaCoordinator(log, shop.bus, on_crash="resume") as coordinator:
+    with SagaCoordinator(own_log, shop.bus, on_crash="resume") as coordinator:
 
         @coordinator.saga("wavering")
         def wavering(ctx: Any, order: int) -> None:
@@ -180,15 +173,15 @@ def test_a_resumed_function_that_undoes_before_it_did_what_the_log_holds_is_undo
     assert shop.verbs == ["reserve", "charge", "refund", "release"]
 
 
-def test_a_deadline_does_not_stop_an_undo_by_hand(log: SagaLog) -> None:
+def test_a_deadline_does_not_stop_an_undo_by_hand(own_log: SagaLog) -> None:
     shop = Shop()
-    with SagaCoordinator(log, shop.bus) as coordinator:
+    with SagaCoordinator(own_log, shop.bus) as coordinator:
         undone_by_hand: list[int] = []
 
         @coordinator.saga("late", timeout=0.2)
         def late(ctx: Any, order: int) -> None:
             ctx.dispatch(Reserve())
-            deadline = log.get(ctx.saga_id).deadline_at
+            deadline = own_log.get(ctx.saga_id).deadline_at
             assert deadline is not None
             while time.time() < deadline.timestamp():
                 """Time passes."""
@@ -221,14 +214,17 @@ def test_what_would_only_fail_while_a_step_is_done_is_refused_at_registration(ar
         Shop(**arguments)
 
 
-def test_rejections_may_be_listed(log: SagaLog) -> None:
+def test_rejections_may_be_listed(own_log: SagaLog) -> None:
     def rejecting(step: StepInfo) -> Done:
         raise ValueError("sold out")
 
     shop = Shop(reserve=rejecting, rejects=[ValueError])
-    with SagaCoordinator(log, shop.bus) as coordinator, pytest.raises(SagaFailed, match="failed: ValueError: sold out"):
+    with (
+        SagaCoordinator(own_log, shop.bus) as coordinator,
+        pytest.raises(SagaFailed, match="failed: ValueError: sold out"),
+    ):
         coordinator.run(reserving(coordinator), 1)
-    assert log.get(1).state == "compensated"
+    assert own_log.get(1).state == "compensated"
 
 
 def test_a_handler_is_never_given_the_key_in_place_of_its_own_parameter() -> None:
@@ -240,7 +236,7 @@ def test_a_handler_is_never_given_the_key_in_place_of_its_own_parameter() -> Non
             return Done()
 
 
-def test_a_handler_may_take_its_info_optionally(log: SagaLog) -> None:
+def test_a_handler_may_take_its_info_optionally(own_log: SagaLog) -> None:
     bus, keys = CommandBus(), []
 
     @bus.handler(read_only=True, retry=Retry())
@@ -248,7 +244,7 @@ def test_a_handler_may_take_its_info_optionally(log: SagaLog) -> None:
         keys.append(None if step is None else step.idempotency_key)
         return Done()
 
-    with SagaCoordinator(log, bus) as coordinator:
+    with SagaCoordinator(own_log, bus) as coordinator:
         coordinator.run(reserving(coordinator), 1)
     assert keys[0] is not None
 
@@ -301,9 +297,9 @@ def test_a_handler_cannot_go_on_with_its_saga(stage: Stage, how: str) -> None:
     assert stage.states() == [("Charge", "failed")]
 
 
-def test_a_handler_may_run_another_saga(log: SagaLog) -> None:
+def test_a_handler_may_run_another_saga(own_log: SagaLog) -> None:
     bus = CommandBus()
-    with SagaCoordinator(log, bus) as coordinator:
+    with SagaCoordinator(own_log, bus) as coordinator:
 
         @bus.handler(read_only=True)
         def look(cmd: Charge) -> int:
@@ -343,7 +339,7 @@ def test_a_task_that_a_handler_began_may_dispatch_once_the_handler_has_returned(
         return 7
 
     async def main() -> int:
-        async with await AsyncSagaLog.open(sqlite_path) as log, AsyncSagaCoordinator(log, bus) as coordinator:
+        async with await AsyncSagaLog.open(sqlite_path) as own_log, AsyncSagaCoordinator(own_log, bus) as coordinator:
 
             @coordinator.saga("serves")
             async def serves(ctx: Any) -> int:

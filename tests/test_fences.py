@@ -64,12 +64,6 @@ SILENT = ("release", "give_up without a step")
 
 
 @pytest.fixture
-def log(migrated_url: str) -> Iterator[SagaLog]:
-    with SagaLog.open(migrated_url.removeprefix("sqlite:///")) as opened:
-        yield opened
-
-
-@pytest.fixture
 def stranger(migrated_url: str) -> Iterator[Engine]:
     engine = create_engine(migrated_url)
     yield engine
@@ -92,37 +86,37 @@ def await_its_wait(writing: Future[Any], engine: Engine) -> None:
 
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_that_meets_a_take_over_waits_for_it_and_changes_nothing(
-    write: str, log: SagaLog, stranger: Engine
+    write: str, own_log: SagaLog, stranger: Engine
 ) -> None:
-    fence = started(log, with_steps=write not in WITHOUT_STEPS)
-    before = log.get(fence.saga_id)
+    fence = started(own_log, with_steps=write not in WITHOUT_STEPS)
+    before = own_log.get(fence.saga_id)
     with ThreadPoolExecutor(1) as pool, stranger.begin() as takes_over:
         takes_over.execute(text("UPDATE saga SET epoch = 2, executor_id = 'new', recoveries = 1"))
-        writing = pool.submit(log._bind.perform, WRITES[write](fence))
+        writing = pool.submit(own_log._bind.perform, WRITES[write](fence))
         await_its_wait(writing, stranger)
         takes_over.commit()
         refusal = writing.exception(LONGEST)
-    assert log.get(fence.saga_id) == before.model_copy(update={"epoch": 2, "executor_id": "new", "recoveries": 1})
+    assert own_log.get(fence.saga_id) == before.model_copy(update={"epoch": 2, "executor_id": "new", "recoveries": 1})
     assert refusal is None if write in SILENT else isinstance(refusal, LeaseLost)
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_a_write_by_the_owner_takes_effect(write: str, log: SagaLog) -> None:
-    fence = started(log, with_steps=write not in WITHOUT_STEPS)
-    before = log.get(fence.saga_id)
-    log._bind.perform(WRITES[write](fence))
-    assert log.get(fence.saga_id) != before
+def test_a_write_by_the_owner_takes_effect(write: str, own_log: SagaLog) -> None:
+    fence = started(own_log, with_steps=write not in WITHOUT_STEPS)
+    before = own_log.get(fence.saga_id)
+    own_log._bind.perform(WRITES[write](fence))
+    assert own_log.get(fence.saga_id) != before
 
 
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_that_waits_for_the_sagas_row_holds_none_of_its_steps(write: str, postgres_url: str) -> None:
     """Otherwise one that holds the saga's row and comes to a step would wait for it, and it for that one."""
     stranger = create_engine(postgres_url)
-    with SagaLog.open(postgres_url) as log:
-        fence = started(log, with_steps=write not in WITHOUT_STEPS)
+    with SagaLog.open(postgres_url) as own_log:
+        fence = started(own_log, with_steps=write not in WITHOUT_STEPS)
         with ThreadPoolExecutor(1) as pool, stranger.begin() as holds:
             holds.execute(text("SELECT 1 FROM saga FOR UPDATE"))
-            writing = pool.submit(log._bind.perform, WRITES[write](fence))
+            writing = pool.submit(own_log._bind.perform, WRITES[write](fence))
             await_its_wait(writing, stranger)
             assert not writing.done()
             holds.execute(text("SELECT 1 FROM saga_step FOR UPDATE NOWAIT"))

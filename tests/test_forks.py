@@ -28,20 +28,13 @@ class Step:
 
 
 @pytest.fixture
-def log(migrated_url: str) -> Iterator[SagaLog]:
-    """A log of its own, on both databases."""
-    with SagaLog.open(migrated_url.removeprefix("sqlite:///")) as opened:
-        yield opened
-
-
-@pytest.fixture
 def step() -> Step:
     return Step()
 
 
 @pytest.fixture
-def coordinator(log: SagaLog, step: Step) -> Iterator[SagaCoordinator]:
-    with built(log, step) as made:
+def coordinator(own_log: SagaLog, step: Step) -> Iterator[SagaCoordinator]:
+    with built(own_log, step) as made:
         yield made
 
 
@@ -73,7 +66,7 @@ def answer_of(child: Child) -> Any:
     return answer
 
 
-def test_a_child_is_another_executor(log: SagaLog, coordinator: SagaCoordinator) -> None:
+def test_a_child_is_another_executor(own_log: SagaLog, coordinator: SagaCoordinator) -> None:
     coordinator.run(one(coordinator), 1)
 
     def child(say: Any) -> tuple[str, int]:
@@ -85,10 +78,10 @@ def test_a_child_is_another_executor(log: SagaLog, coordinator: SagaCoordinator)
     other, result = answer_of(Child(child))
     assert result == 2
     assert other != coordinator.executor_id
-    assert [saga.executor_id for saga in records(log)] == [coordinator.executor_id, other]
+    assert [saga.executor_id for saga in records(own_log)] == [coordinator.executor_id, other]
 
 
-def test_children_and_parent_use_the_log_at_the_same_time(log: SagaLog, coordinator: SagaCoordinator) -> None:
+def test_children_and_parent_use_the_log_at_the_same_time(own_log: SagaLog, coordinator: SagaCoordinator) -> None:
     coordinator.run(one(coordinator), 0)
 
     def child(say: Any) -> list[int]:
@@ -97,22 +90,22 @@ def test_children_and_parent_use_the_log_at_the_same_time(log: SagaLog, coordina
     children = [Child(child) for _ in range(4)]
     assert [coordinator.run(one(coordinator), n) for n in range(10)] == list(range(10))
     assert [answer_of(each) for each in children] == [list(range(10))] * 4
-    assert log.counts() == {"completed": 51}
+    assert own_log.counts() == {"completed": 51}
 
 
 def test_a_childs_recovery_leaves_the_parents_sagas_alone(
-    log: SagaLog, coordinator: SagaCoordinator, step: Step
+    own_log: SagaLog, coordinator: SagaCoordinator, step: Step
 ) -> None:
     reports: list[Any] = []
     step.work = lambda: reports.append(answer_of(Child(lambda say: coordinator.recover())))
     assert coordinator.run(one(coordinator), 1) == 1
     assert reports[0].resolved == 0
     assert not reports[0].left
-    assert [(saga.state, saga.recoveries) for saga in records(log)] == [("completed", 0)]
+    assert [(saga.state, saga.recoveries) for saga in records(own_log)] == [("completed", 0)]
 
 
 def test_a_child_that_exits_in_a_handler_does_not_give_the_parents_saga_away(
-    log: SagaLog, coordinator: SagaCoordinator, step: Step
+    own_log: SagaLog, coordinator: SagaCoordinator, step: Step
 ) -> None:
     def fork() -> None:
         # Not `Child`: the exit passes through all that the child inherited of the saga.
@@ -120,7 +113,7 @@ def test_a_child_that_exits_in_a_handler_does_not_give_the_parents_saga_away(
         if pid == 0:
             sys.exit(0)
         os.waitpid(pid, 0)
-        [saga] = records(log)
+        [saga] = records(own_log)
         seen.append((saga.state, saga.executor_id))
 
     seen: list[Any] = []
@@ -135,7 +128,7 @@ def test_a_child_that_exits_in_a_handler_does_not_give_the_parents_saga_away(
 
 
 def test_a_child_that_returns_from_a_handler_has_lost_the_saga(
-    log: SagaLog, coordinator: SagaCoordinator, step: Step
+    own_log: SagaLog, coordinator: SagaCoordinator, step: Step
 ) -> None:
     reading, writing = os.pipe()
     parent = os.getpid()
@@ -160,10 +153,12 @@ def test_a_child_that_returns_from_a_handler_has_lost_the_saga(
     assert os.read(reading, 100) == b"LeaseLost"
     os.close(reading)
     assert result == 1
-    assert log.counts() == {"completed": 1}
+    assert own_log.counts() == {"completed": 1}
 
 
-def test_a_worker_starts_in_the_child_though_it_ran_in_the_parent(log: SagaLog, coordinator: SagaCoordinator) -> None:
+def test_a_worker_starts_in_the_child_though_it_ran_in_the_parent(
+    own_log: SagaLog, coordinator: SagaCoordinator
+) -> None:
     worker = coordinator.worker(poll=0.05)
     worker.start()
     assert coordinator.wait(coordinator.submit("one", 1), timeout=LONGEST) == 1
@@ -183,9 +178,9 @@ def test_a_worker_starts_in_the_child_though_it_ran_in_the_parent(log: SagaLog, 
     assert alive
     assert coordinator.wait(coordinator.submit("one", 2), timeout=LONGEST) == 2
     worker.shutdown()
-    assert log.counts() == {"completed": 7}
+    assert own_log.counts() == {"completed": 7}
     assert other != here
-    owners = {saga.executor_id for saga in records(log)}
+    owners = {saga.executor_id for saga in records(own_log)}
     assert owners <= {other, here}
 
 

@@ -1,27 +1,23 @@
-"""What stands still, stops or is interrupted beside a coordinator's work: each was once a defect."""
+"""How a worker is shut down, begins again, and ends with its log."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
-import os
-import sqlite3
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from sagalog import (
     AsyncSagaCoordinator,
     AsyncSagaLog,
-    Command,
     CommandBus,
     SagaCoordinator,
     SagaLog,
@@ -30,111 +26,14 @@ from sagalog import (
     migrations,
 )
 from sagalog.coordinator.effects import Write
-from tests.troubled import Done, Killed, Reserve, Shop, beginning_elsewhere, reserving
-
-
-@pytest.fixture
-def log(migrated_url: str) -> Iterator[SagaLog]:
-    with SagaLog.open(migrated_url) as opened:
-        yield opened
-
-
-class Wait(Command[None]):
-    """Its handler waits."""
-
-
-def waiting_bus(handler: Any, **arguments: Any) -> CommandBus:
-    bus = CommandBus()
-    bus.handler(pivot=True, **arguments)(handler)
-    return bus
-
-
-def registered(coordinator: AsyncSagaCoordinator) -> AsyncSagaCoordinator:
-    @coordinator.saga("waits")
-    async def waits(ctx: Any) -> str:
-        await ctx.dispatch(Wait())
-        return "done"
-
-    return coordinator
-
-
-def until_one_ends(coordinator: SagaCoordinator) -> int:
-    """Recover until there was something to recover."""
-    report = coordinator.recover()
-    while not report.resolved:
-        report = coordinator.recover()
-    return report.resolved
-
-
-# Workers
-
-
-def test_a_claim_that_is_under_way_while_a_worker_shuts_down_is_not_won_without_a_lease(sqlite_path: Path) -> None:
-    with SagaLog.open(sqlite_path) as log, closing(sqlite3.connect(sqlite_path, isolation_level=None)) as other:
-        leases: list[Any] = []
-
-        def look(step: StepInfo) -> Done:
-            leases.append(log.executors())
-            return Done()
-
-        coordinator = SagaCoordinator(log, Shop(reserve=look).bus)
-        submitted = coordinator.submit(reserving(coordinator), 1)
-        claims, locked = threading.Event(), threading.Event()
-
-        def claiming(effect: Any, answer: Callable[[Any], Any]) -> Any:
-            if isinstance(effect, Write) and effect.operation.asked == "claim":
-                claims.set()
-                locked.wait()
-            return answer(effect)
-
-        coordinator.interpose = claiming
-        worker = coordinator.worker(poll=0.05)
-        worker.start()
-        assert claims.wait(30)
-        other.execute("BEGIN IMMEDIATE")
-        ending = threading.Thread(target=worker.shutdown, args=(0.0,))
-        ending.start()
-        ending.join(timeout=0.5)
-        locked.set()
-        other.execute("ROLLBACK")
-        ending.join()
-        for thread in threading.enumerate():
-            if thread.name == "sagalog-saga":
-                thread.join()
-        assert all(leases), "its handler was called without a lease"
-        assert log.executors() == []
-        with SagaCoordinator(log, Shop().bus) as another:
-            reserving(another)
-            if log.get(submitted).state == "submitted":
-                with another.worker():
-                    assert another.wait(submitted, timeout=30) == 1
-            elif log.get(submitted).state != "completed":
-                assert until_one_ends(another) == 1
-
-
-def test_a_lease_is_not_given_up_while_a_saga_is_being_begun_under_it(sqlite_path: Path) -> None:
-    with SagaLog.open(sqlite_path) as log:
-        taken: list[int] = []
-
-        def look(step: StepInfo) -> Done:
-            with SagaCoordinator(log, Shop().bus) as another:
-                reserving(another)
-                taken.append(another.recover().resolved)
-            return Done()
-
-        coordinator = SagaCoordinator(log, Shop(reserve=look).bus)
-        saga = reserving(coordinator)
-
-        def closing_then(effect: Any, answer: Callable[[Any], Any]) -> Any:
-            if isinstance(effect, Write) and effect.operation.asked == "run":
-                coordinator.close()
-            return answer(effect)
-
-        coordinator.interpose = closing_then
-        assert coordinator.run(saga, 1) == 1
-        assert taken == [0]
-        coordinator.close()
-        assert log.executors() == []
+from tests.processes import LONGEST
+from tests.troubled import (
+    Done,
+    Reserve,
+    Shop,
+    Slow,
+    reserving,
+)
 
 
 @pytest.mark.parametrize("driver", ["sync", "async"])
@@ -159,8 +58,8 @@ def test_a_shutdown_ends_though_the_database_does_not_answer(
         return await answer(effect)
 
     async def main() -> None:
-        async with await AsyncSagaLog.open(sqlite_path) as log:
-            coordinator = AsyncSagaCoordinator(log, CommandBus())
+        async with await AsyncSagaLog.open(sqlite_path) as own_log:
+            coordinator = AsyncSagaCoordinator(own_log, CommandBus())
             coordinator.interpose = asilent
             worker = coordinator.worker()
             await worker.start()
@@ -171,8 +70,8 @@ def test_a_shutdown_ends_though_the_database_does_not_answer(
     if driver == "async":
         asyncio.run(main())
     else:
-        with SagaLog.open(sqlite_path) as log:
-            coordinator = SagaCoordinator(log, CommandBus())
+        with SagaLog.open(sqlite_path) as own_log:
+            coordinator = SagaCoordinator(own_log, CommandBus())
             coordinator.interpose = silent
             worker = coordinator.worker()
             worker.start()
@@ -187,273 +86,285 @@ def test_a_shutdown_ends_though_the_database_does_not_answer(
     assert "the lease runs out by itself" in caplog.text
 
 
-def test_a_worker_goes_on_when_a_thread_cannot_be_started(log: SagaLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    refusals = iter([True, True])
-    start = threading.Thread.start
+def test_a_worker_that_is_shut_down_while_a_handler_hangs_gives_up_its_lease(own_log: SagaLog) -> None:
+    hangs, woken = threading.Event(), threading.Event()
+    others = threading.enumerate()
 
-    def starting(thread: threading.Thread) -> None:
-        if thread.name == "sagalog-saga" and next(refusals, False):
-            raise RuntimeError("can't start new thread")
-        start(thread)
+    def hanging(step: StepInfo) -> Done:
+        hangs.set()
+        woken.wait()
+        return Done()
 
-    monkeypatch.setattr(threading.Thread, "start", starting)
-    coordinator = SagaCoordinator(log, Shop().bus)
+    shop = Shop(reserve=hanging)
+    coordinator = SagaCoordinator(own_log, shop.bus)
     submitted = coordinator.submit(reserving(coordinator), 1)
-    with coordinator.worker(poll=0.01, concurrency=1):
-        assert coordinator.wait(submitted, timeout=30) == 1
+    worker = coordinator.worker()
+    worker.start()
+    assert hangs.wait(30)
+    worker.shutdown(grace=0.0)
+    threads = [thread for thread in threading.enumerate() if thread not in others]
+    woken.set()
+    for thread in threads:
+        if thread.name == "sagalog-saga":
+            thread.join()
+    assert [thread.name for thread in threads if thread.name == "sagalog-lease"] == []
+    assert own_log.get(submitted).executor_id is None
 
 
-def without_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The process has no more threads for those of this name."""
-    start = threading.Thread.start
+def test_a_second_shutdown_waits_for_what_the_first_waits_for(own_log: SagaLog) -> None:
+    slow, ended = Slow(), list[str]()
+    with SagaCoordinator(own_log, slow.shop.bus) as coordinator:
+        saga_id = coordinator.submit(reserving(coordinator), 5)
+        worker = coordinator.worker(poll=0.05)
+        worker.start()
+        assert slow.begun.wait(LONGEST)
 
-    def starting(thread: threading.Thread) -> None:
-        if thread.name == name:
-            raise RuntimeError("can't start new thread")
-        start(thread)
+        def shut_down() -> None:
+            worker.shutdown(grace=LONGEST)
+            ended.append(own_log.get(saga_id).state)
 
-    monkeypatch.setattr(threading.Thread, "start", starting)
+        both = [threading.Thread(target=shut_down) for _ in range(2)]
+        for thread in both:
+            thread.start()
+        both[1].join(0.2)
+        slow.may_end.set()
+        for thread in both:
+            thread.join(LONGEST)
+    assert ended == ["completed", "completed"]
 
 
-def test_steps_side_by_side_are_all_done_when_a_thread_cannot_be_started(
-    log: SagaLog, monkeypatch: pytest.MonkeyPatch
+def test_a_shutdown_that_was_cancelled_is_ended_by_the_next(sqlite_path: Path) -> None:
+    begun = asyncio.Event()
+
+    async def hangs(ctx: Any, order: int) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async def main() -> tuple[Any, list[Any]]:
+        async with await AsyncSagaLog.open(sqlite_path) as own_log:
+            coordinator = AsyncSagaCoordinator(own_log, Shop().bus)
+            saga_id = await coordinator.submit(coordinator.saga("hangs")(hangs), 1)
+            worker = coordinator.worker(poll=0.05)
+            await worker.start()
+            await begun.wait()
+            first = asyncio.create_task(worker.shutdown(grace=LONGEST))
+            await asyncio.sleep(0)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+            await worker.shutdown(grace=0.0)
+            return (await own_log.get(saga_id)).executor_id, await own_log.executors()
+
+    assert asyncio.run(main()) == (None, [])
+
+
+def areserving(coordinator: AsyncSagaCoordinator) -> Any:
+    """Register the same saga as an async function."""
+
+    @coordinator.saga("reserving")
+    async def reserving(ctx: Any, order: int) -> int:
+        await ctx.dispatch(Reserve())
+        return order
+
+    return reserving
+
+
+@pytest.mark.parametrize("driver", ["sync", "async"])
+def test_a_worker_that_was_started_again_is_not_ended_by_its_earlier_shutdown(
+    sqlite_path: Path, driver: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = []
-    without_thread(monkeypatch, "sagalog-dispatch-1")
+    monkeypatch.setattr("sagalog.coordinator.worker._ANSWERS_WITHIN", 0.1)
+    monkeypatch.setattr("sagalog.coordinator.worker._CANCELLED_WITHIN", 0.0)
+    asked, answers = threading.Event(), threading.Event()
+    slow = Slow()
 
-    def wait(cmd: Wait, step: StepInfo) -> None:
-        done.append(step.step_index)
+    def is_first_look(effect: Any) -> bool:
+        first = isinstance(effect, Write) and effect.operation.asked == "submitted" and not asked.is_set()
+        if first:
+            asked.set()
+        return first
 
-    with SagaCoordinator(log, waiting_bus(wait)) as coordinator:
+    def silent(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if is_first_look(effect):
+            answers.wait(LONGEST)
+        return answer(effect)
 
-        @coordinator.saga("together")
-        def together(ctx: Any) -> int:
-            return len(ctx.dispatch_all([Wait(), Wait(), Wait()]))
+    async def asilent(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if is_first_look(effect):
+            await asyncio.to_thread(answers.wait, LONGEST)
+        return await answer(effect)
 
-        assert coordinator.run(together) == 3
-    assert sorted(done) == [0, 1, 2]
+    def in_tasks() -> int:
+        async def main() -> Any:
+            async with (
+                await AsyncSagaLog.open(sqlite_path) as own_log,
+                AsyncSagaCoordinator(own_log, slow.shop.bus) as coordinator,
+            ):
+                coordinator.interpose = asilent
+                saga = areserving(coordinator)
+                worker = coordinator.worker(poll=0.05)
+                await worker.start()
+                await asyncio.to_thread(asked.wait, LONGEST)
+                earlier = asyncio.all_tasks()
+                await worker.shutdown(grace=0.0)
+                ending = asyncio.all_tasks() - earlier
+                saga_id = await coordinator.submit(saga, 5)
+                await worker.start()
+                await asyncio.to_thread(slow.begun.wait, LONGEST)
+                answers.set()
+                assert ending
+                await asyncio.wait(ending)
+                slow.may_end.set()
+                result = await coordinator.wait(saga_id, timeout=LONGEST)
+                await worker.shutdown()
+                return result
+
+        return asyncio.run(main())
+
+    def in_threads() -> int:
+        with SagaLog.open(sqlite_path) as own_log, SagaCoordinator(own_log, slow.shop.bus) as coordinator:
+            coordinator.interpose = silent
+            saga = reserving(coordinator)
+            worker = coordinator.worker(poll=0.05)
+            worker.start()
+            assert asked.wait(LONGEST)
+            worker.shutdown(grace=0.0)
+            [ending] = [thread for thread in threading.enumerate() if thread.name == "sagalog-shutdown"]
+            saga_id = coordinator.submit(saga, 5)
+            worker.start()
+            assert slow.begun.wait(LONGEST)
+            answers.set()
+            ending.join(LONGEST)
+            slow.may_end.set()
+            result = coordinator.wait(saga_id, timeout=LONGEST)
+            worker.shutdown()
+            return result
+
+    assert (in_threads() if driver == "sync" else in_tasks()) == 5
+    assert slow.shop.verbs == ["reserve"]
 
 
-def test_a_sync_handler_of_an_async_coordinator_is_called_when_a_thread_cannot_be_started(
-    sqlite_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called = []
-    without_thread(monkeypatch, "sagalog-handler")
+def test_a_worker_is_started_in_the_loop_after_the_one_in_which_it_was_left(sqlite_path: Path) -> None:
+    made: list[Any] = []
 
-    def wait(cmd: Wait, step: StepInfo) -> None:
-        called.append(step.step_index)
+    async def first() -> None:
+        coordinator = AsyncSagaCoordinator(await AsyncSagaLog.open(sqlite_path), Shop().bus)
+        made.extend((coordinator, coordinator.worker(poll=0.05), areserving(coordinator)))
+        await made[1].start()
 
-    async def main() -> Any:
-        async with (
-            await AsyncSagaLog.open(sqlite_path) as log,
-            registered(AsyncSagaCoordinator(log, waiting_bus(wait))) as coordinator,
-        ):
-            return await coordinator.run("waits")
+    async def second() -> Any:
+        coordinator, worker, saga = made
+        async with worker:
+            result = await coordinator.wait(await coordinator.submit(saga, 5), timeout=LONGEST)
+        await coordinator.log.close()
+        return result
 
-    assert asyncio.run(main()) == "done"
-    assert called == [0]
+    asyncio.run(first())
+    assert asyncio.run(second()) == 5
 
 
 @pytest.mark.parametrize("arguments", [{"poll": float("inf")}, {"poll": float("nan")}, {"concurrency": "8"}], ids=str)
-def test_a_worker_that_could_not_wait_is_refused(log: SagaLog, arguments: Any) -> None:
+def test_a_worker_that_could_not_wait_is_refused(own_log: SagaLog, arguments: Any) -> None:
     with pytest.raises(UnusableHandler, match="worker"):
-        SagaCoordinator(log, Shop().bus).worker(**arguments)
+        SagaCoordinator(own_log, Shop().bus).worker(**arguments)
 
 
-def test_a_grace_without_end_is_one_and_what_is_no_time_is_refused(log: SagaLog) -> None:
-    worker = SagaCoordinator(log, Shop().bus).worker()
+def test_a_grace_without_end_is_one_and_what_is_no_time_is_refused(own_log: SagaLog) -> None:
+    worker = SagaCoordinator(own_log, Shop().bus).worker()
     worker.start()
     with pytest.raises(UnusableHandler, match="grace"):
         worker.shutdown(grace=float("nan"))
     worker.shutdown(grace=float("inf"))
-    assert log.executors() == []
+    assert own_log.executors() == []
 
 
-# Handlers that hang in an async coordinator
+# Its log
 
 
-def test_an_async_handler_that_does_not_end_is_given_up(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sagalog.coordinator.awaiting._STUBBORN", 0.1)
-    monkeypatch.setattr("sagalog.coordinator.worker._CANCELLED_WITHIN", 0.1)
+def test_a_worker_says_once_that_the_log_does_not_answer_and_goes_on_when_it_does(
+    migrated_url: str, own_log: SagaLog, told: pytest.LogCaptureFixture
+) -> None:
+    coordinator = SagaCoordinator(own_log, Shop().bus)
+    submitted = coordinator.submit(reserving(coordinator), 1)
+    looks, looked_often = itertools.count(1), threading.Event()
 
+    def counting(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if isinstance(effect, Write) and effect.operation.asked == "submitted" and next(looks) == 5:
+            looked_often.set()
+        return answer(effect)
+
+    coordinator.interpose = counting
+    outside = create_engine(migrated_url)
+    with outside.begin() as connection:
+        connection.execute(text("ALTER TABLE saga RENAME TO away"))
+    with coordinator.worker(poll=0.01):
+        assert looked_often.wait(30)
+        with outside.begin() as connection:
+            connection.execute(text("ALTER TABLE away RENAME TO saga"))
+        assert coordinator.wait(submitted, timeout=30) == 1
+    outside.dispose()
+    assert [record.levelname for record in told.records if "until the log answers" in record.message] == ["WARNING"]
+
+
+def test_nothing_of_a_worker_is_left_once_its_log_is_closed(told: pytest.LogCaptureFixture) -> None:
+    before = set(threading.enumerate())
+    log = SagaLog.open_in_memory()
+    coordinator = SagaCoordinator(log, Shop().bus, lease=0.3)
+    coordinator.run(reserving(coordinator), 1)
+    coordinator.worker(poll=0.01).start()
+    log.close()
+    left = set(threading.enumerate()) - before
+    assert {thread.name for thread in left} >= {"sagalog-lease", "sagalog-worker"}
+    for thread in left:
+        thread.join(timeout=30)
+    assert set(threading.enumerate()) - before == set()
+    assert [record.message.partition(":")[0] for record in told.records] == ["the worker ends"]
+
+
+def test_an_async_worker_ends_once_its_log_is_closed(told: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        ends = asyncio.Event()
-
-        async def wait(cmd: Wait) -> None:
-            while not ends.is_set():
-                try:
-                    await ends.wait()
-                except asyncio.CancelledError:
-                    """It swallows whatever comes."""
-
-        log = await AsyncSagaLog.open(sqlite_path)
-        coordinator = registered(AsyncSagaCoordinator(log, waiting_bus(wait, timeout=0.1, settle=0.0)))
-        worker = coordinator.worker(poll=0.01)
-        try:
-            await worker.start()
-            submitted = await coordinator.submit("waits")
-            record = await log.get(submitted)
-            while record.state != "failed_compensation":
-                record = await log.get(submitted)
-                await asyncio.sleep(0)
-            async with asyncio.timeout(30):
-                await worker.shutdown(grace=0.0)
-        finally:
-            ends.set()
-        assert "step 0 (Wait) is in doubt" in (record.failure_reason or "")
-        await asyncio.gather(*(asyncio.all_tasks() - {asyncio.current_task()}), return_exceptions=True)
+        log = await AsyncSagaLog.open_in_memory()
+        coordinator = AsyncSagaCoordinator(log, CommandBus(), lease=0.3)
+        before = asyncio.all_tasks()
+        await coordinator.worker(poll=0.01).start()
+        tasks = asyncio.all_tasks() - before
         await log.close()
+        await asyncio.wait_for(asyncio.gather(*tasks), timeout=30)
 
     asyncio.run(main())
+    assert [record.message.partition(":")[0] for record in told.records] == ["the worker ends"]
 
 
-_HANGS = """
-import asyncio, sys, threading
-from sagalog import AsyncSagaCoordinator, AsyncSagaLog, Command, CommandBus
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_an_async_worker_closes_the_connection_on_which_it_listened(
+    postgres_url: str, driver: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
+    if driver == "asyncpg" and "host" in url.query:
+        url = url.set(query={"host": url.query["host"]})
 
-class Wait(Command[None]):
-    pass
-
-async def main():
-    bus, called = CommandBus(), threading.Event()
-
-    @bus.handler(pivot=True)
-    def wait(cmd: Wait) -> None:
-        called.set()
-        threading.Event().wait()
-
-    log = await AsyncSagaLog.open(sys.argv[1])
-    coordinator = AsyncSagaCoordinator(log, bus)
-
-    @coordinator.saga("waits")
-    async def waits(ctx) -> None:
-        await ctx.dispatch(Wait())
-
-    worker = coordinator.worker(poll=0.01)
-    await worker.start()
-    await coordinator.submit(waits)
-    await asyncio.to_thread(called.wait)
-    await worker.shutdown(grace=0.0)
-    await log.close()
-
-asyncio.run(main())
-"""
-
-
-def test_a_sync_handler_that_hangs_does_not_keep_an_async_process_from_ending(sqlite_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", _HANGS, str(sqlite_path)], timeout=60, check=False)
-    assert ended.returncode == 0
-    with SagaLog.open(sqlite_path) as log:
-        assert (log.get(1).state, log.get(1).executor_id) == ("running", None)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_of_an_async_coordinator_calls_its_sync_handlers(sqlite_path: Path) -> None:
-    def wait(cmd: Wait) -> None:
-        """Nothing to wait for."""
-
-    log = asyncio.run(AsyncSagaLog.open(sqlite_path))
-    coordinator = registered(AsyncSagaCoordinator(log, waiting_bus(wait, timeout=20)))
-    assert asyncio.run(coordinator.run("waits")) == "done"
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if asyncio.run(coordinator.run("waits")) == "done" else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    asyncio.run(coordinator.close())
-    asyncio.run(log.close())
-
-
-# Recovery, retry, quarantine
-
-
-def test_a_recovery_that_is_cancelled_while_it_claims_leaves_the_saga_to_others(sqlite_path: Path) -> None:
     async def main() -> None:
-        log = await AsyncSagaLog.open(sqlite_path)
-        coordinator = AsyncSagaCoordinator(log, CommandBus())
+        engine = create_async_engine(url)
+        coordinator = AsyncSagaCoordinator(AsyncSagaLog(engine), CommandBus())
 
-        @coordinator.saga("reserving")
+        @coordinator.saga("empty")
         async def empty(ctx: Any, order: int) -> int:
             return order
 
-        async def cancelled(effect: Any, answer: Callable[[Any], Any]) -> Any:
-            given = await answer(effect)
-            if isinstance(effect, Write) and effect.operation.asked == "claim":
-                raise asyncio.CancelledError
-            return given
+        async with coordinator.worker():
+            assert await coordinator.wait(await coordinator.submit(empty, 1), timeout=30) == 1
+        await engine.dispose()
 
-        coordinator.interpose = cancelled
-        with pytest.raises(asyncio.CancelledError):
-            await coordinator.recover()
-        with SagaLog.open(sqlite_path) as others, SagaCoordinator(others, Shop().bus) as another:
-            reserving(another)
-            assert await asyncio.wait_for(asyncio.to_thread(until_one_ends, another), timeout=30) == 1
-        await coordinator.close()
-        await log.close()
-
-    with SagaLog.open(sqlite_path) as log:
-        beginning_elsewhere(log, "reserving")
     asyncio.run(main())
-
-
-def left_with_a_step(log: SagaLog, shop: Shop) -> int:
-    with SagaCoordinator(log, shop.bus) as elsewhere:
-
-        @elsewhere.saga("reserving")
-        def dies(ctx: Any, order: int) -> None:
-            ctx.dispatch(Reserve())
-            raise Killed
-
-        with pytest.raises(Killed):
-            elsewhere.run(dies, 1)
-    return log.max_saga_id()
-
-
-def test_a_saga_that_waits_does_not_use_up_the_limit_of_a_recovery(log: SagaLog) -> None:
-    knows_less = Shop(releases=False)
-    waits = left_with_a_step(log, Shop())
-    ends = beginning_elsewhere(log, "reserving")
-    with SagaCoordinator(log, knows_less.bus) as coordinator:
-        reserving(coordinator)
-        report = coordinator.recover(limit=1)
-    assert ([left.saga_id for left in report.left], report.compensated) == ([waits], [ends])
-
-
-def test_a_retry_by_a_coordinator_that_cannot_undo_the_saga_changes_nothing(log: SagaLog) -> None:
-    saga_id = left_with_a_step(log, Shop())
-    log.quarantine(note="a copy", actor="ann")
-    with SagaCoordinator(log, CommandBus()) as knows_nothing:
-        reserving(knows_nothing)
-        with pytest.raises(UnusableHandler, match="Reserve"):
-            knows_nothing.retry(saga_id, note="again", actor="ann")
-    assert log.get(saga_id).state == "failed_compensation"
-    with SagaCoordinator(log, Shop().bus) as knows_all:
-        reserving(knows_all)
-        assert knows_all.retry(saga_id, note="again", actor="ann").state == "compensated"
-
-
-def test_a_quarantine_does_not_miss_a_saga_that_is_being_claimed(postgres_url: str) -> None:
-    engine = create_engine(postgres_url)
-    with SagaLog.open(postgres_url) as log, engine.connect() as claiming:
-        saga_id = beginning_elsewhere(log, "reserving")
-        claiming.execute(text("UPDATE saga SET epoch = epoch + 1, executor_id = 'another'"))
-        moved: list[int] = []
-        acting = threading.Thread(target=lambda: moved.append(log.quarantine(note="a copy", actor="ann")))
-        acting.start()
-        waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as looking:
-            until = time.monotonic() + 30
-            while not looking.execute(text(waits)).scalar_one() and time.monotonic() < until:
-                """Until it waits for the row."""
-        claiming.commit()
-        acting.join()
-        assert (moved, log.get(saga_id).state) == ([1], "failed_compensation")
-    engine.dispose()
-
-
-# Placement
+    assert [record.message for record in caplog.records if record.levelname in ("ERROR", "WARNING")] == []
+    watching = create_engine(postgres_url)
+    others = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    until = time.monotonic() + 10
+    with watching.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        while connection.execute(text(others)).scalar_one() and time.monotonic() < until:
+            """The server takes a moment to see that a client is gone."""
+        assert connection.execute(text(others)).scalar_one() == 0
+    watching.dispose()
 
 
 @pytest.mark.parametrize("schema", ["s" * 60, 'of "quotes"'])

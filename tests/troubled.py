@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ from sagalog import (
     SagaLog,
     StepInfo,
 )
+from sagalog.coordinator.effects import Write
+from tests.processes import LONGEST
 
 
 class Reserve(BaseModel):
@@ -134,3 +137,35 @@ def answering(answer: Any, returns: Any) -> Any:
 
     ask.__annotations__["return"] = returns
     return ask
+
+
+def claiming(coordinator: SagaCoordinator, claim: Callable[[Callable[[], Any]], Any]) -> None:
+    """Put something around each claim."""
+
+    def around(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if isinstance(effect, Write) and effect.operation.asked == "claim":
+            return claim(lambda: answer(effect))
+        return answer(effect)
+
+    coordinator.interpose = around
+
+
+def until_one_ends(coordinator: SagaCoordinator) -> int:
+    """Recover until there was something to recover."""
+    report = coordinator.recover()
+    while not report.resolved:
+        report = coordinator.recover()
+    return report.resolved
+
+
+class Slow:
+    """A handler that a test lets end."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        self.shop = Shop(reserve=self._reserve)
+
+    def _reserve(self, step: StepInfo) -> Done:
+        self.begun.set()
+        self.may_end.wait(LONGEST)
+        return Done()
