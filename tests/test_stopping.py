@@ -86,6 +86,53 @@ def test_a_shutdown_ends_though_the_database_does_not_answer(
     assert "the lease runs out by itself" in caplog.text
 
 
+@pytest.mark.parametrize("driver", ["sync", "async"])
+def test_a_worker_that_was_shut_down_while_it_waited_for_the_log_does_not_start(
+    sqlite_path: Path, driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sagalog.coordinator.worker._ANSWERS_WITHIN", 0.1)
+    asked, answers = threading.Event(), threading.Event()
+
+    def silent(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        asked.set()
+        answers.wait(LONGEST)
+        return answer(effect)
+
+    async def asilent(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        asked.set()
+        await asyncio.to_thread(answers.wait, LONGEST)
+        return await answer(effect)
+
+    async def main() -> None:
+        async with await AsyncSagaLog.open(sqlite_path) as log:
+            coordinator = AsyncSagaCoordinator(log, CommandBus())
+            coordinator.interpose = asilent
+            worker = coordinator.worker()
+            starting = asyncio.create_task(worker.start())
+            await asyncio.to_thread(asked.wait, LONGEST)
+            await worker.shutdown(grace=0.0)
+            before = asyncio.all_tasks() - {starting}
+            answers.set()
+            await starting
+            assert asyncio.all_tasks() <= before
+
+    if driver == "async":
+        asyncio.run(main())
+        return
+    with SagaLog.open(sqlite_path) as log:
+        coordinator = SagaCoordinator(log, CommandBus())
+        coordinator.interpose = silent
+        worker = coordinator.worker()
+        others = threading.enumerate()
+        starting = threading.Thread(target=worker.start)
+        starting.start()
+        assert asked.wait(LONGEST)
+        worker.shutdown(grace=0.0)
+        answers.set()
+        starting.join(LONGEST)
+        assert [thread.name for thread in threading.enumerate() if thread not in others] == []
+
+
 def test_a_worker_that_is_shut_down_while_a_handler_hangs_gives_up_its_lease(own_log: SagaLog) -> None:
     hangs, woken = threading.Event(), threading.Event()
     others = threading.enumerate()

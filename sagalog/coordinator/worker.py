@@ -174,9 +174,12 @@ class Worker:
         self._wake = threading.Condition()
         self._running: _Running | None = None
         self._starting = threading.RLock()
+        self._shutdowns = 0
 
     def start(self) -> None:
         """Begin; in a process that was forked since, begin there. Calling it again does nothing.
+
+        A shutdown that comes while the log is waited for ends it: it returns, and nothing was begun.
 
         Raises:
             WrongEnvironment: The log belongs to another environment.
@@ -186,7 +189,10 @@ class Worker:
                 self._start()
 
     def _start(self) -> None:
+        shutdowns = self._shutdowns
         drive(self._settings.core.check_environment(), self._coordinator._perform)
+        if self._shutdowns != shutdowns:
+            return
         slots = self._settings.anew()
         looking = threading.Thread(target=self._look, args=(slots,), name="sagalog-worker", daemon=True)
         self._running = running = _Running(slots, looking)
@@ -211,6 +217,7 @@ class Worker:
                 nothing that its thread does afterwards is written.
         """
         _check_grace(grace)
+        self._shutdowns += 1
         begun = self._starting.acquire(timeout=min(grace, _LONGEST_WAIT) + _ANSWERS_WITHIN)
         try:
             running = self._running
@@ -334,6 +341,7 @@ class AsyncWorker:
         self._wake = asyncio.Event()
         self._running: _RunningInTasks | None = None
         self._starting = asyncio.Lock()
+        self._shutdowns = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def start(self) -> None:
@@ -348,7 +356,10 @@ class AsyncWorker:
                 await self._start()
 
     async def _start(self) -> None:
+        shutdowns = self._shutdowns
         await adrive(self._settings.core.check_environment(), self._coordinator._perform)
+        if self._shutdowns != shutdowns:
+            return
         slots = self._settings.anew()
         tasks: set[asyncio.Task[Any]] = set()
         listening = asyncio.create_task(alisten(self._coordinator.log, self.wake))
@@ -366,6 +377,7 @@ class AsyncWorker:
         Where it is cancelled itself, the worker goes on to end.
         """
         _check_grace(grace)
+        self._shutdowns += 1
         running = self._running
         if running is None or self._loop is not asyncio.get_running_loop():
             return
