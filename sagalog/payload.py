@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     PydanticUndefinedAnnotation,
     PydanticUserError,
@@ -199,7 +200,7 @@ def check_had_back(
     Raises:
         PayloadError: It holds a secret, or one of several classes that look alike in JSON.
     """
-    changed = _changed_by_json(value, back)
+    changed = None if _alike(value, back) else _changed_by_json(value, back)
     if changed is not None:
         raise PayloadError(
             f"{asked} of {where(saga_id, step_index)}",
@@ -207,8 +208,18 @@ def check_had_back(
             saga_id=saga_id,
             step_index=step_index,
             found=type(value).__name__,
-            hint="Tell classes that look alike apart by Field(discriminator=...), and name a secret in place of it.",
+            hint="Tell classes that look alike apart by Field(discriminator=...), name a secret in place of it, and "
+            "let each field be read from where it is written: see alias=, ser_json_bytes=, dataclasses.field(init=).",
         )
+
+
+def _alike(value: Any, back: Any) -> bool:
+    """Whether two are of one class, and equal: most are, and nothing else need be asked."""
+    try:
+        one, other = (getattr(each, "__dict__", each) for each in (value, back))
+        return type(value) is type(back) and bool(one == other)
+    except Exception:
+        return False  # a class of the application's that cannot be compared
 
 
 def _changed_by_json(value: Any, back: Any) -> str | None:
@@ -222,7 +233,13 @@ def _changed_by_json(value: Any, back: Any) -> str | None:
         elif _is_record(one) and _is_record(other):
             if not isinstance(one, type(other)):
                 return f"a {type(one).__name__} reads back as a {type(other).__name__}"
+            lost = _lost(one, other)
+            if lost is not None:
+                return f"the {lost!r} of a {type(one).__name__} is not read back"
             pending.extend((item, getattr(other, name, None)) for name, item in _items_of(one))
+        elif isinstance(one, bytes) and isinstance(other, bytes):
+            if one != other:
+                return "its bytes are written in one way, and read in another"
         elif _is_record(one) and isinstance(other, dict):
             pending.extend((item, other.get(name)) for name, item in _items_of(one))
         elif isinstance(one, dict) and isinstance(other, dict) and len(one) == len(other):
@@ -230,6 +247,32 @@ def _changed_by_json(value: Any, back: Any) -> str | None:
         elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
             pending.extend(zip(one, other, strict=False))
     return None
+
+
+def _lost(one: Any, other: Any) -> str | None:
+    """A field that is written under a name by which it is not read, or not read at all, though it holds something."""
+    for name, item in _items_of(one):
+        if not _is_read(one, other, name) and item != getattr(other, name, None):
+            return name
+    return None
+
+
+def _is_read(one: Any, other: Any, name: str) -> bool:
+    """Whether a field of a record is read, by the class of what is read back, from where it is written."""
+    if is_dataclass(other):
+        return any(field.name == name and field.init for field in fields(other))
+    kind = type(other)
+    field, held = type(one).model_fields.get(name), kind.model_fields.get(name)
+    if field is not None and (field.exclude or field.exclude_if):
+        return True  # as its class says
+    if field is None or held is None:
+        return False
+    config = kind.model_config
+    by_name = config.get("populate_by_name") or config.get("validate_by_name")
+    read = held.validation_alias
+    names = read.choices if isinstance(read, AliasChoices) else [name if read is None else read]
+    written = field.serialization_alias or name
+    return written in names or (bool(by_name) and written == name)
 
 
 def _is_record(value: Any) -> bool:

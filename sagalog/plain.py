@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 _NONE = type(None)
 _SIMPLE = (str, int, float, bool)
@@ -35,26 +36,56 @@ def plain_check(kind: Any) -> Callable[[Any], bool]:
         return lambda value: type(value) is plain and _is_json(value)
     if not _is_plain_model(kind):
         return lambda value: False
-    fields = [(name, _classes(field.annotation)) for name, field in kind.model_fields.items()]
+    fields = [(name, _is_simple(field.annotation), _classes(field.annotation)) for name, field in _fields_of(kind)]
 
     def is_plain(value: Any) -> bool:
-        if type(value) is not kind:
+        # What is read back has every field set, which its handler may ask for.
+        if type(value) is not kind or len(value.__pydantic_fields_set__) != len(fields):
             return False
         held = value.__dict__
-        for name, classes in fields:
+        for name, simple, classes in fields:
             item = held.get(name)
-            if not (type(item) in classes if classes else _is_json(item)):
+            if not (type(item) in classes and (simple or _is_json(item))):
                 return False
         return len(held) == len(fields)
 
     return is_plain
 
 
-def _classes(kind: Any) -> tuple[type[Any], ...] | None:
-    """The classes that a field's values are of, if those are simple ones; None and perhaps another one."""
-    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    others = [part for part in parts if part is not _NONE]
-    return tuple(parts) if len(others) == 1 and others[0] in _SIMPLE else None
+def unchangeable_check(kind: Any) -> Callable[[Any], bool]:
+    """The same of what nobody can change either, so that it may be handed on as it is.
+
+    Args:
+        kind: An annotation.
+    """
+    if (
+        _is_plain_model(kind)
+        and kind.model_config.get("frozen")
+        and all(_is_simple(field.annotation) for _, field in _fields_of(kind))
+    ):
+        return plain_check(kind)
+    return lambda value: False
+
+
+def _fields_of(kind: type[BaseModel]) -> Iterable[tuple[str, FieldInfo]]:
+    return kind.model_fields.items()
+
+
+def _is_simple(kind: Any) -> bool:
+    """Whether a field's values are simple ones of one class, or None."""
+    others = [part for part in _parts(kind) if part is not _NONE]
+    return len(others) == 1 and others[0] in _SIMPLE
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+
+
+def _classes(kind: Any) -> frozenset[Any]:
+    """The classes that a plain field's values are of."""
+    if kind is Any:
+        return frozenset((*_LEAVES, dict, list))
+    return frozenset(typing.get_origin(part) or part for part in _parts(kind))
 
 
 def _is_json(value: Any) -> bool:
@@ -84,7 +115,7 @@ def _is_plain_model(kind: Any) -> bool:
         or not set(kind.model_config) <= _HARMLESS
     )
     return not changed and all(
-        (field.annotation in _JSON or _classes(field.annotation) is not None)
+        (field.annotation in _JSON or _is_simple(field.annotation))
         and not (field.metadata or field.exclude or field.exclude_if)
         and (field.alias, field.validation_alias, field.serialization_alias) == (None, None, None)
         for field in kind.model_fields.values()

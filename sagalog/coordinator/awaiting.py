@@ -152,7 +152,7 @@ class AsyncSagaCoordinator(Shell):
         if isinstance(effect, Invoke):
             return await self._invoke(effect)
         if isinstance(effect, CallSaga):
-            return await effect.call(AsyncSagaContext(effect.run, self._perform))
+            return await self._call_saga(effect)
         if isinstance(effect, Sleep):
             return await asyncio.sleep(effect.seconds)
         if isinstance(effect, Call):
@@ -164,6 +164,17 @@ class AsyncSagaCoordinator(Shell):
         finally:
             effect.close_unbegun()
 
+    async def _call_saga(self, effect: CallSaga) -> Any:
+        task = asyncio.current_task()
+        before = 0 if task is None else task.cancelling()
+        try:
+            return await effect.call(AsyncSagaContext(effect.run, self._perform))
+        except Exception as error:
+            # A function that calls its context while it is cancelled has that refused, and is cancelled all the same.
+            if task is not None and task.cancelling() > before and error is effect.run.stopped:
+                raise asyncio.CancelledError from error
+            raise
+
     async def _settled(self, flow: Any) -> Settled[Any]:
         try:
             return Settled(await adrive(flow, self._perform), None)
@@ -172,8 +183,8 @@ class AsyncSagaCoordinator(Shell):
 
     async def _invoke(self, effect: Invoke[Any]) -> Any:
         handler, owed = effect.handler, self._core.executor.owed  # a forked child has another one
-        limit = asyncio.timeout(handler.timeout)
-        ticket = owed.watch(effect.fence, effect.info.step_index, handler.timeout + _STUBBORN, handler.settle)
+        limit = asyncio.timeout(effect.info.seconds)
+        ticket = owed.watch(effect.fence, effect.info.step_index, effect.info.seconds + _STUBBORN, handler.settle)
         try:
             async with limit:
                 return await self._called(effect)

@@ -248,7 +248,7 @@ class SagaCoordinator(Shell):
 
     def _invoke(self, effect: Invoke[Any]) -> Any:
         handler, owed = effect.handler, self._core.executor.owed  # a forked child has another one
-        ticket = owed.watch(effect.fence, effect.info.step_index, handler.timeout, handler.settle)
+        ticket = owed.watch(effect.fence, effect.info.step_index, effect.info.seconds, handler.settle)
         try:
             if handler.transactional:
                 return self._transactions.perform(effect)

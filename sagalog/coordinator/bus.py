@@ -87,6 +87,7 @@ class CommandBus:
 
     Attributes:
         has_pivots: Whether a handler is one.
+        has_transactional: Whether a handler is transactional.
         revision: Another one after each registration.
     """
 
@@ -95,6 +96,7 @@ class CommandBus:
         self._by_name: dict[str, Handler] = {}
         self._compensations: dict[type[Any], Compensation] = {}
         self.has_pivots = False
+        self.has_transactional = False
         self.revision = 0
 
     @overload
@@ -297,6 +299,7 @@ class CommandBus:
             raise
         self._by_name[handler.name] = handler
         self.has_pivots = self.has_pivots or handler.pivot
+        self.has_transactional = self.has_transactional or handler.transactional
         self.revision += 1
 
     def _check_undo(self, compensation: Compensation) -> None:
@@ -324,7 +327,10 @@ def _check_alone(handler: Handler, *, idempotent: bool) -> None:
     elif handler.retry is not None and not isinstance(handler.retry, Retry):
         problem, hint = f"retry={handler.retry!r}", "Use retry=Retry(attempts=5)."
     elif not (is_seconds(handler.timeout) and (handler.settle == 0 or is_seconds(handler.settle))):
-        problem, hint = f"timeout={handler.timeout!r}, settle={handler.settle!r}", "Both are seconds, timeout above 0."
+        problem, hint = (
+            f"timeout={handler.timeout!r}, settle={handler.settle!r}",
+            "Both are seconds, timeout above 0, at most ten years.",
+        )
     elif handler.on_unknown not in (None, "stop", "compensate"):
         problem, hint = f"on_unknown={handler.on_unknown!r}", 'Use "stop" or "compensate".'
     elif handler.read_only and handler.pivot:

@@ -135,6 +135,13 @@ def _had_back(kind: Any, value: Any, text: str, asked: str, what: str, verb: str
     return held
 
 
+def _context_of(annotation: Any) -> str | None:
+    """Which of the two contexts an annotation is, whose module stands above this one; None if it is none."""
+    name = getattr(annotation, "__name__", None)
+    ours = str(getattr(annotation, "__module__", "")).startswith("sagalog.")
+    return name if ours and name in ("SagaContext", "AsyncSagaContext") else None
+
+
 def define(
     function: Callable[..., Any],
     names: Mapping[str, Any],
@@ -159,6 +166,7 @@ def define(
     takes_input = len(parameters) == 2
     input_type = parameters[1].annotation if takes_input else NOT_SAID
     returns = NOT_SAID if never_returns(signature.return_annotation) else signature.return_annotation
+    wanted = "AsyncSagaContext" if asynchronous else "SagaContext"
     problem = hint = ""
     if not 1 <= len(parameters) <= 2:
         problem, hint = f"it takes {len(parameters)} arguments", "It is called with (ctx, input), or (ctx)."
@@ -166,6 +174,8 @@ def define(
         problem, hint = "it is async", "Register it with an AsyncSagaCoordinator."
     elif not is_async(function) and asynchronous:
         problem, hint = "it is not async", "Write async def, or register it with a SagaCoordinator."
+    elif (given := _context_of(parameters[0].annotation)) not in (None, wanted):
+        problem, hint = f"its context is annotated as {given}", f"It is given a {wanted}."
     elif isinstance(version, bool) or not isinstance(version, int) or version < 0:
         problem, hint = f"version={version!r}", "A version is an int from 0."
     elif timeout is not None and not is_seconds(timeout):

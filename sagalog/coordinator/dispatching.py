@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Any, Final
 
+from pydantic import BaseModel
+
 from sagalog.coordinator.bus import RESERVED, Handler
 from sagalog.coordinator.effects import Call, Together
 from sagalog.coordinator.run import Policy, Run, Step, Stopped
@@ -89,6 +91,8 @@ async def dispatch(run: Run, cmd: Any) -> Any:
 
 async def dispatch_all(run: Run, commands: Iterable[Any]) -> list[Any]:
     """Do commands side by side; all are awaited, and then the failure of the first that failed is raised."""
+    if isinstance(commands, BaseModel | str | type) or run.policy.bus.takes(commands):
+        raise UnusableHandler("dispatch_all", f"it was given a {type(commands).__name__}", hint="Give it a list.")
     call = run.begin_call()
     try:
         return await _together(run, list(commands))
@@ -161,13 +165,15 @@ async def _ended(run: Run, handler: Handler, step: Step, cmd: Any, *, begun: boo
                 outcome = await end_step(run, handler, step, outcome)
         else:
             outcome = await known(run, handler, step, cmd)
-    except BaseException:
-        cut_off(run, step)
+    except BaseException as error:
+        cut_off(run, step, error)
         raise
     if isinstance(outcome, Succeeded):
         return outcome.value
     failure = failure_of_step(run, step, outcome)
-    raise run.stop(failure) if isinstance(outcome, Doubt) else failure
+    if isinstance(outcome, Doubt):
+        run.stop(failure)
+    raise failure
 
 
 # Going on where another process stopped

@@ -59,6 +59,7 @@ class Info(NamedTuple):
     step_index: int
     attempt: int
     due: int
+    seconds: float
     idempotency_key: str
     compensates: Compensates | None
 

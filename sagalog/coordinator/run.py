@@ -88,7 +88,8 @@ class Step:
 
     Attributes:
         given: The command that the saga's function dispatched; what is sent is what the log holds of it.
-        tries: How often its handler was called here.
+        tries: How often its handler was called here, to an end.
+        others_until: Until when a try that was begun elsewhere, in another process or thread, may be under way.
     """
 
     index: int
@@ -102,6 +103,7 @@ class Step:
     error: str | None = None
     given: Any = None
     tries: int = 0
+    others_until: int = 0
 
     @classmethod
     def of(cls, saga_id: int, stored: StoredStep) -> Step:
@@ -124,10 +126,14 @@ class Step:
         """Whether it may have happened and is not undone."""
         return self.state in _OPEN
 
+    @property
+    def ended_inside(self) -> bool:
+        """Whether its handler ended its transaction itself: to try again would do it twice."""
+        return self.error is not None and self.error.startswith(EndedInside.__name__)
+
     def surely_did_nothing(self, handler: Handler) -> bool:
         """Whether it changed nothing, if it is pending: the log would hold its end."""
-        ended_inside = self.error is not None and self.error.startswith(EndedInside.__name__)
-        return handler.does_nothing_unless_it_ends and not ended_inside
+        return handler.does_nothing_unless_it_ends and not self.ended_inside
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +168,7 @@ class Run:
         reached_pivot: Whether it only goes forward.
         unsure: Whether the log may hold what this process does not know of: a write was cut off.
         interrupted: Whether its process is about to stop working on it: nothing is tried again.
+        interrupt: What interrupted a call of its context: the whole process is meant, and not only the saga.
         over: Whether its function has ended: nothing is begun any more.
         calls: The calls of its context that are under way.
         reserving: Held while a step's index, or what an undo by hand undoes, is chosen.
@@ -195,6 +202,7 @@ class Run:
         self.stopped: BaseException | None = None
         self.unsure = False
         self.interrupted = False
+        self.interrupt: BaseException | None = None
         self.over = False
         self.calls: set[object] = set()
         self.reserving = threading.RLock()
@@ -209,7 +217,8 @@ class Run:
     @property
     def undos(self) -> set[int]:
         """The indexes of rows that undo others."""
-        return {step.compensated_by for step in self.steps.values() if step.compensated_by is not None}
+        steps = list(self.steps.values())  # other threads of the function may add to them
+        return {step.compensated_by for step in steps if step.compensated_by is not None}
 
     @property
     def unsettled(self) -> bool:

@@ -53,7 +53,7 @@ async def execute(run: Run, definition: Definition, input: Any) -> Any:
     """
     result: Any = None
     try:
-        result = await CallSaga(definition, run, input)
+        result = await _called(run, definition, input)
         run.refuse_stopped()
         run.over = True
         if run.calls:
@@ -85,6 +85,15 @@ async def execute(run: Run, definition: Definition, input: Any) -> Any:
             raise Waits(end)
         end = await _left(run, end)
     raise failure_of(run, end) from cause
+
+
+async def _called(run: Run, definition: Definition, input: Any) -> Any:
+    try:
+        return await CallSaga(definition, run, input)
+    except Exception as error:
+        if run.interrupt is not None and error is run.stopped:
+            raise run.interrupt from error  # the function called its context while it was interrupted
+        raise
 
 
 async def _left(run: Run, end: End) -> End:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from sagalog.coordinator.commands import Command, StepInfo
 from sagalog.errors import PayloadError, UnusableHandler, where
 from sagalog.payload import decode_as
-from sagalog.plain import plain_check
+from sagalog.plain import plain_check, unchangeable_check
 
 Wanted: TypeAlias = Literal["cmd", "info", "session"]
 NOT_SAID: Any = inspect.Parameter.empty
@@ -26,21 +26,23 @@ class Signature:
 
     Attributes:
         wants: What to call it with.
+        session: The class of the session that it is given, or None.
         cmd_type: The command's class.
         returns: The annotation of what it returns, or else what its command says by `Command[...]`, or `NOT_SAID`.
         is_async: Whether calling it gives an awaitable.
         returns_list: Whether it returns a list of events, as annotated.
         answers_plainly: Tells of an answer whether the log will surely give it back as it is.
-        asks_plainly: The same of a command.
+        asks_unchangeably: The same of a command that its handler cannot change.
     """
 
     wants: tuple[Wanted, ...]
+    session: Any
     cmd_type: type[Any]
     returns: Any
     is_async: bool
     returns_list: bool
     answers_plainly: Callable[[Any], bool]
-    asks_plainly: Callable[[Any], bool]
+    asks_unchangeably: Callable[[Any], bool]
 
     def events_of(self, returned: Any) -> list[Any]:
         """What a handler returned, as the list that the log holds."""
@@ -121,6 +123,7 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
     signature = resolved(function, names)
     refuse_generator(function, name_of(function))
     wants: list[Wanted] = []
+    session_type: Any = None
     cmd_type: type[Any] | None = None
     passed_over: str | None = None
     for parameter in signature.parameters.values():
@@ -137,6 +140,7 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
                     hint=f"Annotate it as {wanted}.",
                 )
             wants.append("session")
+            session_type = kind
         elif (
             cmd_type is None
             and kind is not NOT_SAID
@@ -169,12 +173,13 @@ def read_handler(function: Callable[..., Any], names: Mapping[str, Any]) -> Sign
     returns = event_type(cmd_type) if said is NOT_SAID else said
     return Signature(
         tuple(wants),
+        session_type,
         cmd_type,
         returns,
         is_async(function),
         returns_list=is_list(without_none(returns)),
         answers_plainly=_answer_check(returns),
-        asks_plainly=plain_check(cmd_type),
+        asks_unchangeably=unchangeable_check(cmd_type),
     )
 
 

@@ -76,7 +76,7 @@ class Transactions:
         engine = self._sync_engine()
         if engine.dialect.is_async:
             raise UnusableBind("a transactional handler", "the engine is async", hint="Use an AsyncSagaCoordinator.")
-        with Session(engine) as session:
+        with effect.handler.signature.session(engine) as session:
             return self._inside(session, effect, time.sleep)
 
     def _inside(self, session: Session, effect: Invoke[Any], sleep: Callable[[float], Any]) -> Any:
@@ -100,10 +100,12 @@ class Transactions:
 
         if not effect.handler.signature.is_async and not self._has_one_connection:
             return await in_thread(self.perform if isinstance(self._inner, FileBind) else self._in_own_loop, effect)
-        async with AsyncSession(self._asyncs()) as session:
-            if not effect.handler.signature.is_async:
-                return await session.run_sync(lambda sync: self._inside(sync, effect, sleep_in_greenlet))
-            return await self._around(session, effect)
+        signature = effect.handler.signature
+        if signature.is_async:
+            async with signature.session(self._asyncs()) as session:
+                return await self._around(session, effect)
+        async with AsyncSession(self._asyncs(), sync_session_class=signature.session) as session:
+            return await session.run_sync(lambda sync: self._inside(sync, effect, sleep_in_greenlet))
 
     @property
     def _has_one_connection(self) -> bool:
@@ -120,7 +122,7 @@ class Transactions:
 
         async def call() -> Any:
             try:
-                async with AsyncSession(engine) as session:
+                async with AsyncSession(engine, sync_session_class=effect.handler.signature.session) as session:
                     return await session.run_sync(lambda sync: self._inside(sync, effect, sleep_in_greenlet))
             finally:
                 await engine.dispose()

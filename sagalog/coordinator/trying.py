@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import CancelledError
 from typing import Any, Final, NamedTuple
 
 from sagalog.coordinator.bus import Handler
@@ -24,6 +25,7 @@ from sagalog.payload import check_had_back, encode, printable
 from sagalog.states import StepState
 
 ONCE: Final = Retry(attempts=1)
+_A_WRITE_MS: Final = 1000
 
 
 class Succeeded(NamedTuple):
@@ -76,20 +78,24 @@ async def tried(
         if attempt > 1:
             cmd = handler.read_cmd(step.cmd_json, run.saga_id, step.index)  # whatever its handler did to the one before
         now = now_ms()
-        while step.deadline_at is not None and now >= step.deadline_at:
+        while (left := _time_left(handler, step, now)) < handler.timeout * 500:
             # A process that slept since it wrote the step owns the saga still, or does not call its handler.
             # Where a write takes longer than the handler may, there is more time from try to try.
-            step.deadline_at = now + stretched * max(1, due_of(handler, now) - now)
+            step.deadline_at = due_of(handler, now) + stretched * _A_WRITE_MS
             await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
             stretched *= 2
             now = now_ms()
-        info = Info(run.saga_id, step.index, attempt, now + int(handler.timeout * 1000), key, compensates)
+        info = Info(run.saga_id, step.index, attempt, now + left, left / 1000, key, compensates)
         ending = _Ending(run, handler, step, undo=compensates is not None) if transactional else None
         try:
             calling = Calling(run.fence)
             being_called.set((*called_before, calling))
             try:
                 value: Any = await Invoke(handler, cmd, info, run.fence, ending)
+                step.tries = attempt
+            except Exception:
+                step.tries = attempt
+                raise
             finally:
                 calling.over = True
                 being_called.set(called_before)
@@ -105,8 +111,9 @@ async def tried(
                 return Refused(reason_of(error), error)
             if isinstance(error, LeaseLost) and error.saga_id == run.saga_id:
                 raise run.stop(error) from None
-            did_nothing = handler.read_only or (transactional and not isinstance(error, LogUnavailable))
-            if did_nothing and transactional and compensates is None:
+            given_up = error if isinstance(error, LogUnavailable) else None  # by the database, so it is tried again
+            did_nothing = handler.read_only or (transactional and not (given_up is not None and given_up.unknown))
+            if did_nothing and transactional and given_up is None and compensates is None:
                 return Refused(reason_of(error), error)
             failed = error
         else:
@@ -120,11 +127,11 @@ async def tried(
                 # It happened, and what it returned cannot be held: to try again would not help.
                 await _note_doubt(run, handler, step, error, 0.0)
                 return Doubt(reason_of(error), error)
-        step.tries = attempt
-        again = attempt < retry.attempts and may_try(step, retry) and not run.interrupted
+        again = attempt < retry.attempts and not run.interrupted
+        wait = retry.wait_before(attempt + 1) if again else 0.0
+        again = again and may_try(step, retry, wait)
         if not again and did_nothing:
             return Refused(reason_of(failed), failed)
-        wait = retry.wait_before(attempt + 1) if again else 0.0
         try:
             await _note_doubt(run, handler, step, failed, wait + handler.timeout if again else 0.0)
         except InvalidTransition as error:
@@ -134,9 +141,15 @@ async def tried(
         if not again:
             return Doubt(reason_of(failed), failed)
         await Sleep(wait)
-        if run.interrupted:
+        if run.interrupted or not may_try(step, retry):
             return Doubt(reason_of(failed), failed)
         attempt += 1
+
+
+def _time_left(handler: Handler, step: Step, now: int) -> int:
+    """Milliseconds for a try that begins now: whatever it sends has landed when the log says that it has."""
+    whole = max(1, int(handler.timeout * 1000))
+    return whole if step.deadline_at is None else min(whole, step.deadline_at - int(handler.settle * 1000) - now)
 
 
 def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
@@ -146,7 +159,9 @@ def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
         PayloadError: The log cannot hold it, or not give it back.
     """
     text = encode(handler.signature.events_of(value), handler.name, run.saga_id, step.index)
-    if value is not None and not handler.signature.answers_plainly(value):
+    if value is None:
+        value = [] if handler.signature.returns_list else None  # the log does not tell one from the other
+    elif not handler.signature.answers_plainly(value):
         back = handler.read_output(text, run.saga_id, step.index)
         check_had_back(value, back, f"answer of {handler.name}", run.saga_id, step.index)
         value = back
@@ -160,7 +175,7 @@ def as_held(run: Run, handler: Handler, cmd: Any, index: int, asked: str) -> tup
         PayloadError: The log cannot hold it, or not give it back; nothing was written.
     """
     text = encode(cmd, asked, run.saga_id, index)
-    if handler.signature.asks_plainly(cmd):
+    if handler.signature.asks_unchangeably(cmd):
         return text, cmd
     try:
         held = handler.read_cmd(text, run.saga_id, index)
@@ -179,14 +194,14 @@ def as_held(run: Run, handler: Handler, cmd: Any, index: int, asked: str) -> tup
     )
 
 
-def may_try(step: Step, retry: Retry) -> bool:
-    """Whether the outside can still know the key of the first try."""
-    return now_ms() - step.started_at <= retry.within.total_seconds() * 1000
+def may_try(step: Step, retry: Retry, wait: float = 0.0) -> bool:
+    """Whether the outside can still know the key of the first try, after so many seconds."""
+    return now_ms() - step.started_at + wait * 1000 <= retry.within.total_seconds() * 1000
 
 
 async def _note_doubt(run: Run, handler: Handler, step: Step, error: BaseException, seconds: float) -> None:
     """Record what was raised, and until when something of this try may still be under way."""
-    step.deadline_at = now_ms() + int((seconds + handler.settle) * 1000)
+    step.deadline_at = max(step.others_until, now_ms() + int((seconds + handler.settle) * 1000))
     step.error = reason_of(error)
     await run.written(owned_steps.doubt_step(run.fence, step.index, step.error, step.deadline_at))
 
@@ -247,11 +262,19 @@ async def _as_committed(run: Run, handler: Handler, step: Step) -> Succeeded:
     return Succeeded(handler.read_output(text, run.saga_id, step.index), text)
 
 
-def cut_off(run: Run, step: Step) -> None:
-    """A call that was left in the middle (its task was cancelled, say) is in doubt; nothing goes on after it."""
+def cut_off(run: Run, step: Step, error: BaseException | None = None) -> None:
+    """A call that was left in the middle (its task was cancelled, say) is in doubt; nothing goes on after it.
+
+    Args:
+        run: The saga.
+        step: What was called.
+        error: What came out of the call.
+    """
     if step.state is StepState.PENDING:
         step.error = step.error or "it was cut off"
         run.stop(failure_of_step(run, step, Doubt(step.error, None)))
+        if not isinstance(error, Exception | GeneratorExit | CancelledError | None):
+            run.interrupt = run.interrupt or error
 
 
 async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bool = True) -> Outcome:
@@ -268,13 +291,23 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
     retry = handler.retry
     if did_nothing and not forward:
         outcome: Outcome = Refused(step.error or "its process died before it was done", None)
-    elif did_nothing or (step.tries == 0 and (run.again or (retry is not None and may_try(step, retry)))):
-        step.deadline_at = due_of(handler, now_ms())
-        await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
+    elif did_nothing or (step.tries == 0 and (run.again or _may_be_tried(step, retry))):
+        await begin_again(run, handler, step)
         outcome = await tried(run, handler, step, cmd, retry_of(handler))
     else:
         return Doubt(step.error or "its process died before its outcome was known", None)
     return outcome if isinstance(outcome, Doubt) else await end_step(run, handler, step, outcome)
+
+
+def _may_be_tried(step: Step, retry: Retry | None) -> bool:
+    return retry is not None and not step.ended_inside and may_try(step, retry)
+
+
+async def begin_again(run: Run, handler: Handler, step: Step) -> None:
+    """Before a step that was begun elsewhere, in another process or thread, is tried under its key."""
+    step.others_until = step.deadline_at or 0  # what was begun there may still be under way
+    step.deadline_at = max(step.others_until, due_of(handler, now_ms()))
+    await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
 
 
 def due_of(handler: Handler, now: int) -> int:

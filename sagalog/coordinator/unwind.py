@@ -16,6 +16,7 @@ from sagalog.coordinator.trying import (
     Refused,
     Succeeded,
     as_held,
+    begin_again,
     cut_off,
     due_of,
     fail,
@@ -360,8 +361,7 @@ async def _begin_again(run: Run, handler: Handler, undo: Step) -> None:
         raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is in doubt")
     if not (run.again or may_try(undo, handler.retry or DEFAULT_RETRY)):
         raise _Blocked(f"the undo in row {undo.index} ({undo.name}) is too old to be tried again under its key")
-    undo.deadline_at = due_of(handler, now_ms())
-    await run.written(owned_steps.try_again(run.fence, undo.index, undo.deadline_at))
+    await begin_again(run, handler, undo)
 
 
 def _told(failure: StepFailed) -> str:
@@ -382,8 +382,8 @@ async def undo_until_known(
         outcome = await tried(run, handler, undo, cmd, handler.retry or DEFAULT_RETRY, compensates)
         if isinstance(outcome, Refused):
             outcome = await fail(run, handler, undo, outcome)
-    except BaseException:
-        cut_off(run, undo)
+    except BaseException as error:
+        cut_off(run, undo, error)
         raise
     if not isinstance(outcome, Succeeded):
         raise failure_of_step(run, undo, outcome)

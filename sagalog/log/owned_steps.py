@@ -113,7 +113,8 @@ def note_doubt(
     step_index: int,
     error: str | None,
     deadline_at: int,
-    write: Callable[[Statement, dict[str, Any]], int] | None = None,
+    *,
+    overdue: bool = False,
 ) -> None:
     """Write at a pending step what was raised, and until when a try of it may be under way.
 
@@ -123,7 +124,7 @@ def note_doubt(
         step_index: The step.
         error: What was raised; None leaves what is there.
         deadline_at: Unix milliseconds.
-        write: The database's, if not the one that waits for locks.
+        overdue: Whether its handler hangs: a later moment stays, and no lock is waited for.
     """
     values = {
         "id_": fence.saga_id,
@@ -132,7 +133,9 @@ def note_doubt(
         "error_": error,
         "deadline_": deadline_at,
     }
-    if (write or db.write)(db.sql.owned.note_doubt, values) != 1:
+    owned = db.sql.owned
+    noted = db.write_unless_locked(owned.note_overdue, values) if overdue else db.write(owned.note_doubt, values)
+    if noted != 1:
         raise_refused(db, "doubt_step", fence, step_index, StepState.PENDING)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, and_, case, exists, func, literal_column, null, or_, select, true, update
 
-from sagalog.log.statements.clause import Statement, bind, literal, one_of
+from sagalog.log.statements.clause import Greater, Statement, bind, literal, one_of
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.log.statements.steps import StepStatements
 from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, Actor, SagaState, StepState, step_sources
@@ -117,10 +117,18 @@ class OwnedStatements(SagaStatements, StepStatements):
     @cached_property
     def note_doubt(self) -> Statement:
         """What was raised last, if something was, and until when a try may still be under way."""
+        return self._note(bind("deadline_"))
+
+    @cached_property
+    def note_overdue(self) -> Statement:
+        """The same; what was begun elsewhere before may be under way for longer."""
+        return self._note(Greater(func.coalesce(self.step.c.deadline_at, literal_column("0")), bind("deadline_")))
+
+    def _note(self, until: ColumnElement[int]) -> Statement:
         return Statement(
             update(self.step)
             .where(self._this_step, self.step.c.state == literal(StepState.PENDING), self._may_write)
-            .values(error=func.coalesce(bind("error_"), self.step.c.error), deadline_at=bind("deadline_"))
+            .values(error=func.coalesce(bind("error_"), self.step.c.error), deadline_at=until)
         )
 
     @cached_property
