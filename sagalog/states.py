@@ -39,6 +39,7 @@ class Actor(StrEnum):
     RECOVERY = "recovery"
     RETRY = "an operator's retry"
     OPERATOR = "an operator, with a note"
+    QUARANTINE = "an operator, of every open saga"
 
 
 class Move(NamedTuple):
@@ -54,6 +55,7 @@ _S = SagaState
 SAGA_MOVES: Final[tuple[Move, ...]] = (
     Move(_S.SUBMITTED, _S.RUNNING, Actor.SAGA),
     Move(_S.SUBMITTED, _S.COMPENSATED, Actor.SAGA),
+    Move(_S.SUBMITTED, _S.FAILED_COMPENSATION, Actor.QUARANTINE),
     Move(_S.RUNNING, _S.COMPLETED, Actor.SAGA),
     Move(_S.RUNNING, _S.COMPENSATING, Actor.SAGA),
     Move(_S.RUNNING, _S.COMPENSATED, Actor.SAGA),

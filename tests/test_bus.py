@@ -390,6 +390,12 @@ TYPED = """
 
     assert_type(reserve(ReserveStock(sku="tea")), StockReserved)
 
+    async def asize() -> int:
+        return 1
+
+    def word() -> str:
+        return "tea"
+
     def use(coordinator: SagaCoordinator, other: AsyncSagaCoordinator) -> None:
         @coordinator.saga("place_order")
         def place_order(ctx: SagaContext, order: Order) -> int:
@@ -401,6 +407,8 @@ TYPED = """
         @other.saga("place_order")
         async def aplace_order(ctx: AsyncSagaContext, order: Order) -> int:
             assert_type(await ctx.dispatch(ReserveStock(sku=order.sku)), StockReserved)
+            assert_type(await ctx.record("size", asize), int)
+            assert_type(await ctx.record("word", word), str)
             return 1
 
         async def arun() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,31 @@ def test_retry_of_a_saga_that_waits_tells_that_it_has_not_ended(shop: Any, monke
     done = sagalog(*app, "retry", "1", "--note", "try", "--again", "--yes")
     assert (done.status, done.out.strip().partition(":")[0]) == (1, "saga 1 is compensating"), done.out
     assert "Saga 1 has not ended: it waits." in done.err
+
+
+def test_retry_of_a_saga_that_needs_a_person_still_has_failed(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANK", "shut")
+    with shop.make() as coordinator:
+        with pytest.raises(Exception, match="in doubt"):
+            coordinator.run("pay", 1)
+        coordinator.log.close()
+    done = sagalog("--app", f"{shop.__name__}:make", "retry", "1", "--note", "try", "--again", "--yes")
+    assert (done.status, done.out.strip().partition(":")[0]) == (1, "saga 1 is failed_compensation"), done.out
+    assert "Saga 1 still needs a person." in done.err
+
+
+def test_diag_names_the_retry_that_may_end_a_saga(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANK", "shut")
+    with shop.make() as coordinator:
+        with pytest.raises(Exception, match="in doubt"):
+            coordinator.run("pay", 1)
+        coordinator.log.close()
+    with closing(sqlite3.connect("shop.db")) as connection, connection:
+        connection.execute("UPDATE saga_step SET deadline_at = 1")
+    with SagaLog.open("shop.db") as log:
+        log.resolve_step(1, 0, "failed", note="the bank never saw it", actor="ann")
+    (need,) = sagalog("--url", "shop.db", "diag", "--json").json["needs_person"]["sagas"]
+    assert [words for words in need["next"] if "retry" in words] == ["sagalog --url shop.db retry 1 --note TEXT"]
 
 
 def test_quarantine_leaves_open_sagas_to_a_person(shop: Any) -> None:

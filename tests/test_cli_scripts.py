@@ -62,7 +62,7 @@ def test_sql_opens_no_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (("sql", "--dialect", "oracle"), "--dialect"),
         (("sql", "--dialect", "sqlite", "--from", HEAD), "nothing to print"),
         (("sql", "--dialect", "sqlite", "--to", "sagalog_9999"), "there is no revision"),
-        (("alembic-revision",), "alembic.ini names no script_location"),
+        (("alembic-revision",), "there is no file alembic.ini"),
         (("alembic-revision", "--to", "sagalog_9999"), "there is no revision"),
     ],
 )

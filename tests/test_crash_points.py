@@ -9,14 +9,25 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Session
 
-from sagalog import AsyncSagaLog, CommandBus, SagaContext, SagaCoordinator, SagaLog, StepRejected
-from sagalog.testing import crash_points
+from sagalog import (
+    AsyncSagaLog,
+    CommandBus,
+    SagaContext,
+    SagaCoordinator,
+    SagaLog,
+    StepRejected,
+    UnusableBind,
+    UnusableHandler,
+)
+from sagalog.testing import MemoryDatabase, crash_points
 from tests.crash_matrix import Shop, acrashes, crashes
 from tests.outside import LANDS_LATE, Manners
 from tests.scenarios import Scenario, scenarios, varied
 from tests.transactional_matrix import Stage as Transactional
 from tests.transactional_matrix import scenarios as transactional
+from tests.troubled import Ask
 
 SLICE = list(scenarios(3))[::23]
 VARIED = list(varied(2))[::67]
@@ -193,3 +204,58 @@ def test_what_ends_a_test_in_start_ends_it() -> None:
 
     with pytest.raises(pytest.fail.Exception, match="the order is wrong"):
         list(crash_points(lambda log: SagaCoordinator(log, CommandBus()), start))
+
+
+def building(bus: CommandBus | None = None) -> Callable[[SagaLog], SagaCoordinator]:
+    def build(log: SagaLog) -> SagaCoordinator:
+        coordinator = SagaCoordinator(log, bus or CommandBus())
+        coordinator.saga("empty")(lambda ctx: None)
+        coordinator.saga("asks")(lambda ctx: ctx.dispatch(Ask()))
+        return coordinator
+
+    return build
+
+
+def test_a_build_that_returns_no_coordinator_is_told() -> None:
+    async def over(points: Any) -> None:
+        async for _ in points:
+            raise AssertionError
+
+    for nothing in (lambda log: None, lambda log: log):
+        with pytest.raises(UnusableHandler, match="Return the coordinator"):
+            list(crash_points(nothing, lambda coordinator: coordinator.run("empty")))
+        with pytest.raises(UnusableHandler, match="Return the coordinator"):
+            asyncio.run(over(crash_points(nothing, lambda coordinator: coordinator.run("empty"))))
+
+
+def test_a_transactional_handler_is_not_stopped_in_a_log_that_cannot_carry_it() -> None:
+    bus = CommandBus()
+
+    @bus.handler(transactional=True, pivot=True)
+    def do(cmd: Ask, session: Session) -> None:
+        session.execute(text("SELECT 1"))
+
+    def start(coordinator: SagaCoordinator) -> Any:
+        return coordinator.run("asks")
+
+    with pytest.raises(UnusableBind, match="Give open_log="):
+        list(crash_points(building(bus), start))
+    kept: list[MemoryDatabase] = []
+
+    def open_log() -> SagaLog:
+        kept.append(MemoryDatabase())
+        return SagaLog(kept[-1].engine())
+
+    crashes = list(crash_points(building(bus), start, open_log=open_log))
+    assert {crash.saga.state for crash in crashes if crash.saga is not None} == {"completed", "compensated"}
+
+
+def test_the_run_that_was_not_stopped_is_repeated_by_its_stops_too() -> None:
+    *_, last = crash_points(building(), lambda coordinator: coordinator.run("empty"))
+    (same,) = crash_points(building(), lambda coordinator: coordinator.run("empty"), only=last.stops)
+    assert (last.stops, same.points, same.saga.state) == ((), (), "completed")  # type: ignore[union-attr]
+
+
+def test_a_stop_that_the_run_does_not_come_to_is_told() -> None:
+    with pytest.raises(UnusableHandler, match="came to 0 of the stops"):
+        list(crash_points(building(), lambda coordinator: coordinator.run("empty"), only=(99,)))

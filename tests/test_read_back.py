@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum, IntEnum, StrEnum
 from typing import Annotated, Any, Literal, NewType, TypeVar
@@ -101,6 +101,7 @@ MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
         ([One(number=1), One(number=2)], Sequence[One], [One(number=1), One(number=2)]),
         ([One(number=1)], list[One], [One(number=1)]),
         ([], list[One] | None, []),
+        (None, list[One] | None, []),
         (7, int, 7),
         (MOMENT, datetime, MOMENT),
     ],
@@ -407,6 +408,40 @@ class Pair2:
     by: Card | Giro
 
 
+class ReadElsewhere(BaseModel):
+    pence: int = Field(default=0, validation_alias="amount")
+
+
+class WrittenElsewhere(BaseModel):
+    pence: int = Field(default=0, serialization_alias="amount")
+
+
+class Special(Card):
+    """Of a field that says Card, what is its own is not written."""
+
+    owner: str = ""
+
+
+class Holder(BaseModel):
+    by: Card
+
+
+class Bytes(BaseModel):
+    model_config = ConfigDict(ser_json_bytes="base64")
+    body: bytes
+
+
+@dataclass
+class Counted:
+    count: int = field(default=0, init=False)
+
+
+def counted(count: int) -> Counted:
+    made = Counted()
+    made.count = count
+    return made
+
+
 @pytest.mark.parametrize(
     ("payload", "words"),
     [
@@ -414,6 +449,11 @@ class Pair2:
         (Holds(value=[SecretStr("x")]), "only a mask"),
         (Pays(by=Giro(number="1")), "a Giro reads back as a Card"),
         (Pair2(by=Giro(number="1")), "a Giro reads back as a Card"),
+        (ReadElsewhere(amount=500), "the 'pence' of a ReadElsewhere is not read back"),
+        (WrittenElsewhere(pence=500), "the 'pence' of a WrittenElsewhere is not read back"),
+        (Holder(by=Special(number="1", owner="ann")), "the 'owner' of a Special is not read back"),
+        (Bytes(body=b"abc"), "written in one way, and read in another"),
+        (counted(3), "the 'count' of a Counted is not read back"),
     ],
     ids=repr,
 )
@@ -444,7 +484,16 @@ def test_what_would_be_read_back_as_something_else_is_refused(payload: Any, word
 
 
 @pytest.mark.parametrize(
-    "payload", [Told(writeOnly=SecretStr("x")), PaysClearly(by=Other(number="1")), Pays(by=Card(number="1"))], ids=repr
+    "payload",
+    [
+        Told(writeOnly=SecretStr("x")),
+        PaysClearly(by=Other(number="1")),
+        Pays(by=Card(number="1")),
+        ReadElsewhere(),
+        Bytes(body=b""),
+        Counted(),
+    ],
+    ids=repr,
 )
 def test_what_is_told_apart_is_sent_as_it_is(payload: Any) -> None:
     sent: list[Any] = []
@@ -459,6 +508,87 @@ def test_what_is_told_apart_is_sent_as_it_is(payload: Any) -> None:
         coordinator.saga("sends")(lambda ctx: ctx.dispatch(payload))
         coordinator.run("sends")
     assert sent == [payload]
+
+
+class Listing(BaseModel):
+    number: int
+    seen: list[str] = []
+
+
+def test_a_command_that_its_handler_changes_is_no_other_one_for_the_next_step() -> None:
+    sent: list[tuple[int, list[str]]] = []
+    bus = CommandBus()
+
+    @bus.handler(pivot=True)
+    def list_it(cmd: Listing) -> None:
+        sent.append((cmd.number, list(cmd.seen)))
+        cmd.number += 1
+        cmd.seen.append("seen")
+
+    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
+        cmd = Listing(number=1)
+
+        @coordinator.saga("lists")
+        def lists(ctx: Any) -> None:
+            ctx.dispatch(cmd)
+            ctx.dispatch(cmd)
+
+        coordinator.run(lists)
+        assert (sent, cmd) == ([(1, []), (1, [])], Listing(number=1))
+
+
+def test_a_command_says_at_first_what_it_says_later_of_the_fields_that_are_set() -> None:
+    sent: list[set[str]] = []
+
+    class Priced(BaseModel):
+        model_config = ConfigDict(frozen=True)
+        pence: int
+        currency: str = "GBP"
+
+    bus = CommandBus()
+
+    @bus.handler(pivot=True, idempotent=True, retry=Retry(attempts=2, initial=0.0))
+    def price(cmd: Priced) -> None:
+        sent.append(cmd.model_fields_set)
+        if len(sent) == 1:
+            raise OSError("no answer")
+
+    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
+        coordinator.saga("prices")(lambda ctx: ctx.dispatch(Priced(pence=1)))
+        coordinator.run("prices")
+    assert sent == [{"pence", "currency"}] * 2
+
+
+class Absent(BaseModel):
+    tags: list[str] = None  # type: ignore[assignment]
+
+
+class AbsentToo(BaseModel):
+    tags: dict = None  # type: ignore[assignment, type-arg]
+
+
+@pytest.mark.parametrize("cmd", [Absent(), AbsentToo(), Absent.model_construct(tags=None)], ids=repr)
+def test_a_command_without_the_list_that_it_says_it_has_is_refused(stage: Stage, cmd: Any) -> None:
+    test_a_command_that_the_log_cannot_give_back_is_refused_before_anything_is_written(stage, cmd)
+
+
+def test_an_answer_that_cannot_be_stored_is_not_asked_for_again(stage: Stage) -> None:
+    asked: list[int] = []
+
+    def ask(cmd: Ask) -> float:
+        asked.append(1)
+        return float("nan")
+
+    stage.bus.handler(pivot=True, idempotent=True, retry=Retry(attempts=3, initial=0.0))(ask)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("asks")
+    def asks(ctx: Any) -> None:
+        ctx.dispatch(Ask())
+
+    with pytest.raises(SagaFailed, match="in doubt"):
+        coordinator.run("asks")
+    assert asked == [1]
 
 
 Events = NewType("Events", list[One])

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import Any, Generic, NoReturn, TypeVar
 
 import pytest
 
-from sagalog import Command, CommandBus, SagaCoordinator, SagaFailed, SagaLog, UnusableHandler
+from sagalog import (
+    AsyncSagaContext,
+    AsyncSagaCoordinator,
+    AsyncSagaLog,
+    Command,
+    CommandBus,
+    SagaContext,
+    SagaCoordinator,
+    SagaFailed,
+    SagaLog,
+    UnusableHandler,
+)
 from tests.troubled import Ask, One, answering
 
 T = TypeVar("T")
@@ -102,3 +114,29 @@ def test_functions_that_nothing_would_run_are_refused() -> None:
 def test_a_compensation_of_no_class_is_refused(named: Any) -> None:
     with pytest.raises(UnusableHandler, match="no command's class"):
         CommandBus().compensation(named)
+
+
+def test_a_saga_without_a_name_is_refused_where_it_is_written() -> None:
+    with (
+        SagaLog.open_in_memory() as log,
+        pytest.raises(UnusableHandler, match=r"""Give it a name.*saga\("place_order"\)"""),
+    ):
+
+        @SagaCoordinator(log, CommandBus()).saga  # type: ignore[arg-type]
+        def order(ctx: SagaContext) -> None: ...
+
+
+def test_a_context_of_the_other_kind_is_refused() -> None:
+    def order(ctx: AsyncSagaContext) -> None: ...
+
+    async def aorder(ctx: SagaContext) -> None: ...
+
+    with SagaLog.open_in_memory() as log, pytest.raises(UnusableHandler, match="It is given a SagaContext"):
+        SagaCoordinator(log, CommandBus()).saga("order")(order)
+
+    async def main() -> None:
+        async with await AsyncSagaLog.open_in_memory() as log:
+            with pytest.raises(UnusableHandler, match="It is given an AsyncSagaContext"):
+                AsyncSagaCoordinator(log, CommandBus()).saga("order")(aorder)
+
+    asyncio.run(main())

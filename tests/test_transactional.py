@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from sagalog import (
     SagaCoordinator,
     SagaFailed,
     SagaLog,
+    StepFailed,
     StepInfo,
     UnusableHandler,
 )
@@ -316,12 +318,12 @@ class Sneak(Command[None]):
     raises: bool = False
 
 
-def sneaking(stage: Stage, tries: list[Any]) -> Any:
+def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
     stage.sql("CREATE TABLE note (body TEXT NOT NULL)")
     insert = text("INSERT INTO note VALUES ('kept')")
     if stage.asynchronous:
 
-        @stage.bus.handler(transactional=True, read_only=True)
+        @stage.bus.handler(transactional=True, read_only=True, **arguments)
         async def asneak(cmd: Sneak, session: AsyncSession) -> None:
             tries.append(cmd)
             await session.execute(insert)
@@ -331,7 +333,7 @@ def sneaking(stage: Stage, tries: list[Any]) -> Any:
             await session.execute(insert)
     else:
 
-        @stage.bus.handler(transactional=True, read_only=True)
+        @stage.bus.handler(transactional=True, read_only=True, **arguments)
         def sneak(cmd: Sneak, session: Session) -> None:
             tries.append(cmd)
             session.execute(insert)
@@ -368,6 +370,73 @@ def test_what_a_handler_ended_itself_is_not_taken_for_undone_by_recovery(stage: 
     saga_id = failure.value.saga_id
     stage.sql("UPDATE saga SET state = 'running', executor_id = NULL")
     assert "in doubt" in coordinator.recover().failed_compensation[saga_id]
+
+
+def test_a_handler_that_ended_its_transaction_is_not_called_again_though_it_may_be(stage: Stage) -> None:
+    tries: list[Any] = []
+    coordinator = sneaking(stage, tries, idempotent=True, retry=Retry(attempts=3, initial=0.0))
+    with pytest.raises(SagaFailed, match="ended by SQL of its own") as failure:
+        coordinator.run("sneaks", Sneak(statement="COMMIT"))
+    saga_id = failure.value.saga_id
+    stage.sql("UPDATE saga SET state = 'running', executor_id = NULL")
+    assert "in doubt" in coordinator.recover().failed_compensation[saga_id]
+    assert len(tries) == 1
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_a_transaction_that_the_database_gave_up_did_nothing(stage: Stage, commits: bool) -> None:
+    """Only a commit whose answer was lost may have done something."""
+    error = LogUnavailable("commit", "no answer", unknown=commits)
+    told: list[str] = []
+
+    coordinator = note_taking(stage, [error] * 5)
+
+    @coordinator.saga("tries")
+    def tries(ctx: Any) -> None:
+        try:
+            ctx.dispatch(Note(text="hello"))
+        except StepFailed as failure:
+            told.append(failure.kind)
+
+    with suppress(SagaFailed):
+        coordinator.run("tries")
+    assert (told, notes(stage)) == (["in_doubt" if commits else "failed"], [])
+
+
+class OwnSession(Session):
+    """As a host's, or another library's."""
+
+    def answer(self) -> int:
+        return 42
+
+
+class AsyncOwnSession(AsyncSession):
+    def answer(self) -> int:
+        return 42
+
+
+def test_a_handler_gets_the_session_that_it_is_annotated_with(stage: Stage) -> None:
+    answers: list[int] = []
+    if stage.asynchronous:
+
+        @stage.bus.handler(transactional=True, pivot=True)
+        async def anote(cmd: Note, session: AsyncOwnSession) -> None:
+            answers.append(session.answer())
+
+    @stage.bus.handler(transactional=True, pivot=True)
+    def reserve(cmd: Reserve, session: OwnSession) -> None:
+        answers.append(session.answer())
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("asks")
+    def asks(ctx: Any) -> None:
+        ctx.dispatch(Reserve())
+        if stage.asynchronous:
+            ctx.dispatch(Note(text="hello"))
+
+    coordinator.run("asks")
+    assert answers == [42] * (2 if stage.asynchronous else 1)
 
 
 def test_a_transactional_handler_may_roll_back_and_go_on(engine: Engine) -> None:

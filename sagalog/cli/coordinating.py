@@ -101,6 +101,8 @@ def retry(
         print_lines([plain(f"saga {saga_id} is {saga.state}{why}")])
     if saga.state in UNRESOLVED:
         raise CommandError(f"Saga {saga_id} has not ended: it waits. recover, or a worker, goes on with it.")
+    if saga.state == "failed_compensation":
+        raise CommandError(f"Saga {saga_id} still needs a person.")
 
 
 def quarantine(

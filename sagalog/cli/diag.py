@@ -106,6 +106,8 @@ def _next_commands(saga: "SagaRecord", settings: Settings) -> Iterator[str]:
         words = ("resolve-step", saga.saga_id, index, "--state", "|".join(STEP_SETTLED), "--note", "TEXT")
         yield settings.command(*words)
     if not doubtful:
+        if saga.state == "failed_compensation" and saga.token is not None:
+            yield settings.command("retry", saga.saga_id, "--note", "TEXT")
         found = {step.state for step in saga.steps}
         possible = (target for target in SETTLED if found.isdisjoint(OUTSTANDING.get(target, ())))
         yield settings.command("resolve", saga.saga_id, "--state", "|".join(possible), "--note", "TEXT")

@@ -105,6 +105,8 @@ def alembic_revision(
 
     form = form_of(context, as_json, output)
     pyproject = config.parent / "pyproject.toml"
+    if not (config.exists() or pyproject.exists()):
+        raise bad_usage(f"there is no file {config}; name the application's Alembic file with --config.")
     environment = Config(config, toml_file=pyproject if pyproject.exists() else None)
     if not environment.get_alembic_option("script_location"):
         raise bad_usage(f"{config} names no script_location; name the application's Alembic file with --config.")

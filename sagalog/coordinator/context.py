@@ -135,7 +135,12 @@ class AsyncSagaContext:
         """See `SagaContext.uuid`."""
         return flows.new_uuid(self._run)
 
-    async def record(self, name: str, function: Callable[[], T | Awaitable[T]]) -> T:
+    @overload
+    async def record(self, name: str, function: Callable[[], Awaitable[T]]) -> T: ...
+
+    @overload
+    async def record(self, name: str, function: Callable[[], T]) -> T: ...
+
+    async def record(self, name: str, function: Callable[[], Any]) -> Any:
         """See `SagaContext.record`; the function may be async."""
-        value: T = await adrive(flows.record(self._run, name, function), self._perform)
-        return value
+        return await adrive(flows.record(self._run, name, function), self._perform)

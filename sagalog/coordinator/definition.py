@@ -139,7 +139,7 @@ def _context_of(annotation: Any) -> str | None:
     """Which of the two contexts an annotation is, whose module stands above this one; None if it is none."""
     name = getattr(annotation, "__name__", None)
     ours = str(getattr(annotation, "__module__", "")).startswith("sagalog.")
-    return name if ours and name in ("SagaContext", "AsyncSagaContext") else None
+    return {"SagaContext": "a SagaContext", "AsyncSagaContext": "an AsyncSagaContext"}.get(str(name)) if ours else None
 
 
 def define(
@@ -166,7 +166,7 @@ def define(
     takes_input = len(parameters) == 2
     input_type = parameters[1].annotation if takes_input else NOT_SAID
     returns = NOT_SAID if never_returns(signature.return_annotation) else signature.return_annotation
-    wanted = "AsyncSagaContext" if asynchronous else "SagaContext"
+    wanted = "an AsyncSagaContext" if asynchronous else "a SagaContext"
     problem = hint = ""
     if not 1 <= len(parameters) <= 2:
         problem, hint = f"it takes {len(parameters)} arguments", "It is called with (ctx, input), or (ctx)."
@@ -175,7 +175,7 @@ def define(
     elif not is_async(function) and asynchronous:
         problem, hint = "it is not async", "Write async def, or register it with a SagaCoordinator."
     elif (given := _context_of(parameters[0].annotation)) not in (None, wanted):
-        problem, hint = f"its context is annotated as {given}", f"It is given a {wanted}."
+        problem, hint = f"its context is annotated as {given}", f"It is given {wanted}."
     elif isinstance(version, bool) or not isinstance(version, int) or version < 0:
         problem, hint = f"version={version!r}", "A version is an int from 0."
     elif timeout is not None and not is_seconds(timeout):

@@ -121,6 +121,9 @@ class Shell:
             UnusableHandler: The function does not fit, or the name is taken.
         """
         names = sys._getframe(1).f_locals
+        if not isinstance(name, str):
+            problem = f"its name is a {type(name).__name__}"
+            raise UnusableHandler("saga", problem, hint='Give it a name in the log: @coordinator.saga("place_order").')
 
         def register(function: F) -> F:
             self._core.add(

@@ -20,6 +20,7 @@ from sagalog.states import (
     OUTSTANDING,
     SETTLED,
     STEP_SETTLED,
+    UNRESOLVED,
     Actor,
     SagaState,
     StepState,
@@ -123,7 +124,8 @@ def resolve_step(saga_id: int, step_index: int, state: str, *, note: str, actor:
         elif found == StepState.PENDING and deadline is not None and deadline > now:
             problem = f"its request may still be under way for {deadline - now} ms"
         else:
-            problem = f"the saga is {head[0][1]!r}" + (f" and {head[0][7]} runs it" if head[0][7] else "")
+            runs = head[0][1] in UNRESOLVED and head[0][7]
+            problem = f"the saga is {head[0][1]!r}" + (f" and {head[0][7]} runs it" if runs else "")
         raise InvalidTransition(
             asked, problem, saga_id=saga_id, step_index=step_index, found=found, hint="get() shows the saga."
         )

@@ -20,6 +20,7 @@ from sagalog.coordinator.awaiting import AsyncSagaCoordinator
 from sagalog.coordinator.blocking import SagaCoordinator
 from sagalog.coordinator.effects import Effect, Invoke, Write
 from sagalog.coordinator.recover import RecoveryReport
+from sagalog.errors import UnusableBind, UnusableHandler
 from sagalog.log.bind import refuse_finished
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.facade import AsyncSagaLog, SagaLog
@@ -174,14 +175,16 @@ def crash_points(
 
         for crash in crash_points(build, lambda coordinator: coordinator.run(place_order, order)):
             assert crash.saga is None or crash.saga.state in ("completed", "compensated"), crash
+        assert crash.result == "shipped"  # of the last, which was not stopped
 
     With an AsyncSagaCoordinator it is ``async for``.
 
     Args:
-        build: Makes a coordinator over the log that it is given, as a new process would; also what the handlers
-            work on, if that is to be new for each run. The second one of a run recovers.
+        build: Makes a coordinator over the log that it is given, as a new process would; the second one of a run
+            recovers. The outside that the handlers work on outlives both: make it anew in `open_log`.
         start: Starts the saga on a coordinator: `run`, or whatever leads to it.
-        open_log: Opens an empty log for each run; one in memory, if none is given.
+        open_log: Opens an empty log for each run; one in memory, if none is given, in which no handler can be
+            transactional.
         repeat: Every handler and every undo is called twice, as a request that is delivered twice.
         zombie: The process is not killed but falls asleep; it wakes up after the recovery.
         again: The recovery is stopped as well, at each of its points, and recovered again.
@@ -189,6 +192,10 @@ def crash_points(
 
     Returns:
         An iterable, sync or async, of `Crash`; the last is the run that was not stopped.
+
+    Raises:
+        UnusableHandler: `build` returned no coordinator, or `only` names a stop that the run does not come to.
+        UnusableBind: A handler is transactional, and the log cannot carry its Session.
     """
     return CrashPoints(build, start, open_log, repeat=repeat, zombie=zombie, again=again, only=only)
 
@@ -242,12 +249,28 @@ class CrashPoints:
                 await crash.log.close()
             stops = plans.send(crash)
 
+    def _built(self, log: Any, kind: type[Coordinator]) -> Any:
+        made = self._build(log)
+        if not isinstance(made, kind):
+            raise UnusableHandler(
+                "crash_points",
+                f"build returned a {type(made).__name__}, and not the {kind.__name__} that it made",
+                hint="Return the coordinator; with an AsyncSagaCoordinator it is `async for`.",
+            )
+        if self._open_log is None and made.bus.has_transactional:
+            raise UnusableBind(
+                "crash_points",
+                "a handler is transactional, and the log in memory, of one connection, cannot carry its Session",
+                hint="Give open_log=: a log in a file, or over an Engine, empty for each run (see start_empty).",
+            )
+        return made
+
     # Synchronous
 
     def _lived(self, stops: tuple[int, ...]) -> Crash:
         log = (self._open_log or SagaLog.open_in_memory)()
-        first = self._life(stops[0], sleeps=self._zombie)
-        coordinator = self._build(log)
+        first = self._life(stops[0] if stops else None, sleeps=self._zombie)
+        coordinator = self._built(log, SagaCoordinator)
         result: list[object] = []
         process = threading.Thread(target=self._live, args=(coordinator, first, result), daemon=True)
         process.start()
@@ -261,7 +284,7 @@ class CrashPoints:
             self._die(log, last)
             if first.point is None:
                 break
-            last = self._build(log)
+            last = self._built(log, SagaCoordinator)
             life = last.interpose = self._life(stop_at)
             try:
                 reports.append(last.recover())
@@ -293,8 +316,8 @@ class CrashPoints:
     async def _alived(self, stops: tuple[int, ...]) -> Crash:
         log = self._open_log() if self._open_log is not None else AsyncSagaLog.open_in_memory()
         log = await log if inspect.isawaitable(log) else log
-        first = self._life(stops[0], sleeps=self._zombie)
-        coordinator = self._build(log)
+        first = self._life(stops[0] if stops else None, sleeps=self._zombie)
+        coordinator = self._built(log, AsyncSagaCoordinator)
         result: list[object] = []
         process = asyncio.ensure_future(self._alive(coordinator, first, result))
         await first.asleep_in_loop.wait()
@@ -307,7 +330,7 @@ class CrashPoints:
             await self._adie(log, last)
             if first.point is None:
                 break
-            last = self._build(log)
+            last = self._built(log, AsyncSagaCoordinator)
             life = self._life(stop_at)
             last.interpose = life.in_loop
             try:
@@ -340,7 +363,10 @@ class CrashPoints:
 def _plans(again: bool, only: tuple[int, ...] | None) -> Any:  # noqa: FBT001 - private
     """Which stops to try next, told of how the last run went; None when there is nothing more."""
     if only is not None:
-        yield only
+        crash = yield only
+        if len(crash.points) < len(only):
+            problem = f"the run came to {len(crash.points)} of the stops {only}"
+            raise UnusableHandler("crash_points", problem, hint="Take only= from Crash.stops of the same saga.")
         yield None
         return
     first = 0
