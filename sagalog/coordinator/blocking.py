@@ -132,7 +132,8 @@ class SagaCoordinator(Shell):
             input: Its input.
             key: The start's idempotency key.
             session: The Session or Connection whose transaction it joins: rolled back with it, and run once it is
-                committed. Without one it is durable when this returns.
+                committed. It has to be on the database of the coordinator's log. Without one it is durable when this
+                returns.
             run_at: An aware datetime before which it is not started.
 
         Returns:
@@ -207,7 +208,10 @@ class SagaCoordinator(Shell):
         return Worker(self, concurrency, poll)
 
     def close(self) -> None:
-        """Give up the lease; the log stays open. Calling it again does nothing."""
+        """Give up the lease; the log stays open, and what is run later takes a new one.
+
+        Calling it again does nothing.
+        """
         executor = self._core.executor
         for retired in executor.retirement():
             try:
