@@ -350,6 +350,8 @@ def test_the_version_is_told() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_offered(shell: str) -> None:
-    done = run("from sagalog.cli import main; main()", "--show-completion", shell)
+    # A test may run where no shell is among its parents, as under a service: Typer would ask for them.
+    detected = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    done = run("from sagalog.cli import main; main()", "--show-completion", shell, **detected)
     assert done.returncode == 0, done.stderr
     assert "_SAGALOG_COMPLETE" in done.stdout
