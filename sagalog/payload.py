@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import deque
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar
 
@@ -37,6 +39,7 @@ MAX_STEP_INDEX = 2**31 - 1
 # Shorter text nests less deep, and holds shorter integers, than can be read back.
 _LONGEST_UNCHECKED = 390
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+_SECRET = (SecretStr, SecretBytes, Secret)
 _HELD = "JSON text can hold None, bool, finite numbers, text without U+0000, lists, dicts, Pydantic models, dataclasses"
 
 
@@ -216,10 +219,16 @@ def check_had_back(
 def _alike(value: Any, back: Any) -> bool:
     """Whether two are of one class, and equal: most are, and nothing else need be asked."""
     try:
-        one, other = (getattr(each, "__dict__", each) for each in (value, back))
-        return type(value) is type(back) and bool(one == other)
+        return type(value) is type(back) and bool(_content_of(value) == _content_of(back))
     except Exception:
         return False  # a class of the application's that cannot be compared
+
+
+def _content_of(value: Any) -> Any:
+    """What is compared of a value; of a model not what was set, nor what is private: neither is in JSON."""
+    if isinstance(value, BaseModel):
+        return value.__dict__, value.__pydantic_extra__
+    return getattr(value, "__dict__", value)
 
 
 def _changed_by_json(value: Any, back: Any) -> str | None:
@@ -227,11 +236,11 @@ def _changed_by_json(value: Any, back: Any) -> str | None:
     pending = [(value, back)]
     while pending:
         one, other = pending.pop()
-        if isinstance(one, SecretStr | SecretBytes | Secret):
+        if isinstance(one, _SECRET):
             if one != other:
                 return "it holds a secret, of which only a mask is written"
         elif _is_record(one) and _is_record(other):
-            if not isinstance(one, type(other)):
+            if not isinstance(one, type(other)) and _origin_of(one) is not _origin_of(other):
                 return f"a {type(one).__name__} reads back as a {type(other).__name__}"
             lost = _lost(one, other)
             if lost is not None:
@@ -240,9 +249,18 @@ def _changed_by_json(value: Any, back: Any) -> str | None:
         elif isinstance(one, bytes) and isinstance(other, bytes):
             if one != other:
                 return "its bytes are written in one way, and read in another"
+        elif isinstance(one, Enum) and isinstance(other, Enum):
+            if type(one) is not type(other):
+                return f"a {type(one).__name__} reads back as a {type(other).__name__}"
+        elif isinstance(one, set | frozenset | deque):
+            kept = isinstance(other, set | frozenset | deque)
+            if one != other and any(isinstance(item, _SECRET) or (kept and _is_more(item)) for item in one):
+                return f"what a {type(one).__name__} holds reads back as something else"
         elif _is_record(one) and isinstance(other, dict):
             pending.extend((item, other.get(name)) for name, item in _items_of(one))
-        elif isinstance(one, dict) and isinstance(other, dict) and len(one) == len(other):
+        elif isinstance(one, dict) and isinstance(other, dict):
+            if len(one) != len(other) or any(isinstance(key, bytes) and key not in other for key in one):
+                return "the keys of a dict are not read back as they are"
             pending.extend(zip(one.values(), other.values(), strict=True))
         elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
             pending.extend(zip(one, other, strict=False))
@@ -259,20 +277,37 @@ def _lost(one: Any, other: Any) -> str | None:
 
 def _is_read(one: Any, other: Any, name: str) -> bool:
     """Whether a field of a record is read, by the class of what is read back, from where it is written."""
-    if is_dataclass(other):
-        return any(field.name == name and field.init for field in fields(other))
     kind = type(other)
-    field, held = type(one).model_fields.get(name), kind.model_fields.get(name)
+    if is_dataclass(other) and not any(field.name == name and field.init for field in fields(other)):
+        return False
+    of_one, of_other = (getattr(each, "__pydantic_fields__", None) for each in (type(one), kind))
+    if of_one is None or of_other is None:
+        return is_dataclass(other)
+    field, held = of_one.get(name), of_other.get(name)
+    if field is None and held is None:
+        return name in (getattr(other, "__pydantic_extra__", None) or {})
     if field is not None and (field.exclude or field.exclude_if):
         return True  # as its class says
     if field is None or held is None:
         return False
-    config = kind.model_config
+    config = getattr(kind, "model_config", None) or getattr(kind, "__pydantic_config__", None) or {}
     by_name = config.get("populate_by_name") or config.get("validate_by_name")
-    read = held.validation_alias
-    names = read.choices if isinstance(read, AliasChoices) else [name if read is None else read]
-    written = field.serialization_alias or name
-    return written in names or (bool(by_name) and written == name)
+    read, written = held.validation_alias, field.serialization_alias or name
+    if read is None or (by_name and written == name):
+        return written == name
+    names = read.choices if isinstance(read, AliasChoices) else [read]
+    return config.get("validate_by_alias") is not False and written in names
+
+
+def _is_more(value: Any) -> bool:
+    """Whether JSON holds less of a value than it is."""
+    return _is_record(value) or isinstance(value, bytes | Enum)
+
+
+def _origin_of(value: Any) -> Any:
+    """The class of a value; of a generic model, whatever its parameters are, the generic one."""
+    described = getattr(type(value), "__pydantic_generic_metadata__", None)
+    return (described and described["origin"]) or type(value)
 
 
 def _is_record(value: Any) -> bool:
@@ -280,8 +315,10 @@ def _is_record(value: Any) -> bool:
 
 
 def _items_of(record: Any) -> list[tuple[str, Any]]:
-    names = [field.name for field in fields(record)] if is_dataclass(record) else list(type(record).model_fields)
-    return [(name, getattr(record, name, None)) for name in names]
+    if is_dataclass(record):
+        return [(field.name, getattr(record, field.name, None)) for field in fields(record)]
+    held = [(name, getattr(record, name, None)) for name in type(record).model_fields]
+    return held + list((record.__pydantic_extra__ or {}).items())
 
 
 def same_json(one: str, other: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,120 @@ def test_a_cancelled_function_that_cleans_up_by_its_context_is_cancelled(sqlite_
             assert (await log.get(1)).state == "running"
 
     asyncio.run(main())
+
+
+def asking_in_groups() -> tuple[CommandBus, asyncio.Event]:
+    bus, asked = CommandBus(), asyncio.Event()
+
+    @bus.handler(on_unknown="compensate", timeout=600.0, settle=0.0)
+    async def reserve(cmd: Reserve) -> Done:
+        asked.set()
+        await asyncio.Event().wait()
+        return Done()
+
+    @bus.handler(pivot=True, rejects=ValueError)
+    async def charge(cmd: Charge) -> Done:
+        await asked.wait()
+        raise ValueError("no money")
+
+    @bus.handler
+    async def release(cmd: Release) -> None:
+        """Nothing."""
+
+    @bus.compensation(Reserve)
+    def release_of(cmd: Reserve, output: Done | None) -> Release:
+        return Release()
+
+    return bus, asked
+
+
+def test_a_group_that_failed_is_no_cancelled_saga(sqlite_path: Path) -> None:
+    """Until Python 3.13 a TaskGroup leaves its task counted as one that somebody cancels."""
+    bus, _ = asking_in_groups()
+
+    async def main() -> None:
+        async with await AsyncSagaLog.open(sqlite_path) as log, AsyncSagaCoordinator(log, bus) as coordinator:
+
+            @coordinator.saga("orders")
+            async def orders(ctx: Any) -> None:
+                with suppress(ExceptionGroup):
+                    async with asyncio.TaskGroup() as group:
+                        group.create_task(ctx.dispatch(Reserve()))
+                        group.create_task(ctx.dispatch(Charge(amount=1)))
+                await ctx.dispatch(Charge(amount=2))
+
+            with pytest.raises(SagaFailed, match="it was cut off"):
+                await asyncio.wait_for(coordinator.run(orders), LONGEST)
+
+    asyncio.run(main())
+
+
+def test_an_async_handler_that_was_cancelled_is_not_waited_for(sqlite_path: Path) -> None:
+    """It has ended: its whole time would be ten minutes."""
+    bus, _ = asking_in_groups()
+
+    async def main() -> None:
+        async with await AsyncSagaLog.open(sqlite_path) as log, AsyncSagaCoordinator(log, bus) as coordinator:
+
+            @coordinator.saga("orders")
+            async def orders(ctx: Any) -> None:
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(ctx.dispatch(Reserve()))
+                    group.create_task(ctx.dispatch(Charge(amount=1)))
+
+            with pytest.raises(SagaFailed) as failed:
+                await asyncio.wait_for(coordinator.run(orders), LONGEST)
+            assert failed.value.outcome == "compensated"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("written", ["dispatch", "dispatch_all", "record"])
+def test_an_interrupt_of_a_write_is_one_though_the_function_cleans_up(own_log: SagaLog, written: str) -> None:
+    shop = Lamps()
+    with SagaCoordinator(own_log, shop.bus) as coordinator:
+
+        def interrupting(effect: Any, answer: Any) -> Any:
+            if isinstance(effect, Write) and effect.operation.asked == written:
+                coordinator.interpose = None
+                raise KeyboardInterrupt
+            return answer(effect)
+
+        @coordinator.saga("tidies")
+        def tidies(ctx: Any) -> None:
+            try:
+                if written == "dispatch_all":
+                    ctx.dispatch_all([Reserve(), Reserve()])
+                elif written == "dispatch":
+                    ctx.dispatch(Reserve())
+                else:
+                    ctx.now()
+            finally:
+                ctx.dispatch(Charge(amount=1))
+
+        coordinator.interpose = interrupting
+        with pytest.raises(KeyboardInterrupt):
+            coordinator.run(tidies)
+    assert own_log.get(1).state == "running"
+
+
+def test_an_interrupt_of_steps_side_by_side_is_one_though_the_function_cleans_up(own_log: SagaLog) -> None:
+    def interrupted(step: StepInfo) -> Done:
+        raise KeyboardInterrupt
+
+    shop = Lamps(reserve=interrupted)
+    with SagaCoordinator(own_log, shop.bus) as coordinator:
+
+        @coordinator.saga("tidies")
+        def tidies(ctx: Any) -> None:
+            try:
+                ctx.dispatch_all([Reserve(), Reserve()])
+            finally:
+                try:
+                    ctx.dispatch(Charge(amount=1))
+                except StepFailed as failure:
+                    raise RuntimeError("could not tidy up") from failure
+
+        with pytest.raises(KeyboardInterrupt):
+            coordinator.run(tidies)
+    assert own_log.get(1).state == "running"

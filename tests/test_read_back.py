@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum, IntEnum, StrEnum
-from typing import Annotated, Any, Literal, NewType, TypeVar
+from typing import Annotated, Any, Generic, Literal, NewType, TypeVar
 
 import pytest
 from pydantic import (
@@ -21,12 +21,17 @@ from pydantic import (
     field_serializer,
     field_validator,
 )
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from sagalog import CommandBus, PayloadError, Retry, SagaCoordinator, SagaFailed, SagaLog
 from tests.coordinating import Killed, Stage
 from tests.troubled import Ask, One, answering
 
 T = TypeVar("T")
+
+
+class Page(BaseModel, Generic[T]):
+    items: list[T]
 
 
 class Undo(BaseModel):
@@ -102,6 +107,7 @@ MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
         ([One(number=1)], list[One], [One(number=1)]),
         ([], list[One] | None, []),
         (None, list[One] | None, []),
+        (Page(items=[1]), Page[int], Page[int](items=[1])),
         (7, int, 7),
         (MOMENT, datetime, MOMENT),
     ],
@@ -436,6 +442,42 @@ class Counted:
     count: int = field(default=0, init=False)
 
 
+@pydantic_dataclass
+class Cents:
+    cents: int = Field(default=0, serialization_alias="amount")
+
+
+class ByName(BaseModel):
+    model_config = ConfigDict(validate_by_alias=False, validate_by_name=True)
+    pence: int = Field(default=0, alias="amount")
+
+
+class Line(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    pence: int = Field(default=0, validation_alias="amount")
+
+
+class Shelf(BaseModel):
+    lines: frozenset[Line] = frozenset()
+    secrets: set[SecretStr] = set()
+
+
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class Red(Enum):
+    ONE = "one"
+
+
+class Blue(Enum):
+    ONE = "one"
+
+
+class Marked(BaseModel):
+    mark: Red | Blue
+
+
 def counted(count: int) -> Counted:
     made = Counted()
     made.count = count
@@ -454,6 +496,12 @@ def counted(count: int) -> Counted:
         (Holder(by=Special(number="1", owner="ann")), "the 'owner' of a Special is not read back"),
         (Bytes(body=b"abc"), "written in one way, and read in another"),
         (counted(3), "the 'count' of a Counted is not read back"),
+        (Cents(cents=500), "the 'cents' of a Cents is not read back"),
+        (ByName(pence=500), "the 'pence' of a ByName is not read back"),
+        (Shelf(lines=frozenset({Line(amount=500)})), "what a frozenset holds"),
+        (Shelf(secrets={SecretStr("x")}), "what a set holds"),
+        (Open.model_validate({"password": SecretStr("x")}), "only a mask"),
+        (Marked(mark=Blue.ONE), "a Blue reads back as a Red"),
     ],
     ids=repr,
 )
@@ -492,6 +540,10 @@ def test_what_would_be_read_back_as_something_else_is_refused(payload: Any, word
         ReadElsewhere(),
         Bytes(body=b""),
         Counted(),
+        Shelf(lines=frozenset({Line()})),
+        Open.model_validate({"words": ["a"], "more": {"b": None}}),
+        Marked(mark=Red.ONE),
+        Page[int](items=[1]),
     ],
     ids=repr,
 )

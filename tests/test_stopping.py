@@ -108,12 +108,12 @@ def test_a_worker_that_was_shut_down_while_it_waited_for_the_log_does_not_start(
             coordinator = AsyncSagaCoordinator(log, CommandBus())
             coordinator.interpose = asilent
             worker = coordinator.worker()
-            starting = asyncio.create_task(worker.start())
+            starting = [asyncio.create_task(worker.start()) for _ in range(2)]
             await asyncio.to_thread(asked.wait, LONGEST)
             await worker.shutdown(grace=0.0)
-            before = asyncio.all_tasks() - {starting}
+            before = asyncio.all_tasks() - set(starting)
             answers.set()
-            await starting
+            await asyncio.gather(*starting)
             assert asyncio.all_tasks() <= before
 
     if driver == "async":

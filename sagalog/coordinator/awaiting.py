@@ -171,7 +171,9 @@ class AsyncSagaCoordinator(Shell):
             return await effect.call(AsyncSagaContext(effect.run, self._perform))
         except Exception as error:
             # A function that calls its context while it is cancelled has that refused, and is cancelled all the same.
-            if task is not None and task.cancelling() > before and error is effect.run.stopped:
+            # Until Python 3.13 a TaskGroup that failed leaves its task counted as one that somebody cancels.
+            cancelled = task is not None and task.cancelling() > before and _came_of_cancelling(error)
+            if cancelled and error is effect.run.stopped:
                 raise asyncio.CancelledError from error
             raise
 
@@ -190,7 +192,7 @@ class AsyncSagaCoordinator(Shell):
                 return await self._called(effect)
         except TimeoutError as error:
             if limit.expired():
-                raise OutOfTime(f"its handler outlived its timeout of {handler.timeout} s") from error
+                raise OutOfTime(f"its handler outlived its timeout of {effect.info.seconds:g} s") from error
             raise
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
@@ -208,3 +210,15 @@ class AsyncSagaCoordinator(Shell):
             return await handler.function(*effect.arguments(None))
         value = await in_thread(handler.function, *effect.arguments(None))
         return await value if inspect.isawaitable(value) else value
+
+
+def _came_of_cancelling(error: BaseException) -> bool:
+    """Whether an exception was raised while a cancellation was on its way out."""
+    seen: set[int] = set()
+    before = error.__context__
+    while before is not None and id(before) not in seen:
+        if isinstance(before, asyncio.CancelledError):
+            return True
+        seen.add(id(before))
+        before = before.__context__
+    return False

@@ -87,7 +87,6 @@ class CommandBus:
 
     Attributes:
         has_pivots: Whether a handler is one.
-        has_transactional: Whether a handler is transactional.
         revision: Another one after each registration.
     """
 
@@ -96,7 +95,6 @@ class CommandBus:
         self._by_name: dict[str, Handler] = {}
         self._compensations: dict[type[Any], Compensation] = {}
         self.has_pivots = False
-        self.has_transactional = False
         self.revision = 0
 
     @overload
@@ -299,7 +297,6 @@ class CommandBus:
             raise
         self._by_name[handler.name] = handler
         self.has_pivots = self.has_pivots or handler.pivot
-        self.has_transactional = self.has_transactional or handler.transactional
         self.revision += 1
 
     def _check_undo(self, compensation: Compensation) -> None:

@@ -119,8 +119,9 @@ async def _together(run: Run, commands: list[Any]) -> list[Any]:
 
     try:
         ends = await Together(flows, run.fence, interrupted)
-    except BaseException:
+    except BaseException as error:
         interrupted()
+        run.interrupted_by(error)
         raise
     errors = [end.error for end in ends if end.error is not None]
     if errors:

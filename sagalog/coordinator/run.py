@@ -6,6 +6,7 @@ The flows of this package do no I/O: they await effects.
 from __future__ import annotations
 
 import threading
+from asyncio import CancelledError
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -90,6 +91,7 @@ class Step:
         given: The command that the saga's function dispatched; what is sent is what the log holds of it.
         tries: How often its handler was called here, to an end.
         others_until: Until when a try that was begun elsewhere, in another process or thread, may be under way.
+        over_until: Until when what this process sent may still land, if the log says a later moment.
     """
 
     index: int
@@ -104,6 +106,7 @@ class Step:
     given: Any = None
     tries: int = 0
     others_until: int = 0
+    over_until: int | None = None
 
     @classmethod
     def of(cls, saga_id: int, stored: StoredStep) -> Step:
@@ -115,6 +118,10 @@ class Step:
         index, name, cmd_json, found, started_at, deadline_at, output_json, compensated_by, error = stored
         state = known_state(StepState, found, saga_id, index)
         return cls(index, name, cmd_json, state, started_at, deadline_at, output_json, compensated_by, error)
+
+    def is_over(self, settle: float) -> None:
+        """A call that was cut off has ended; what it sent may land for so many seconds."""
+        self.deadline_at = self.over_until = max(self.others_until, now_ms() + int(settle * 1000))
 
     @property
     def own(self) -> bool:
@@ -287,6 +294,11 @@ class Run:
             self.stopped = error
         return self.stopped
 
+    def interrupted_by(self, error: BaseException | None) -> None:
+        """Note what came out of a call, if it means the whole process; of a cancelled task its shell knows."""
+        if not isinstance(error, Exception | GeneratorExit | CancelledError | None):
+            self.interrupt = self.interrupt or error
+
     def begin_call(self, *, undoing: bool = False) -> object:
         """A call of the context begins, unless the saga may not go on; see `refuse_stopped`.
 
@@ -382,8 +394,9 @@ class Run:
             raise self.stop(Stopped(name, problem, saga_id=self.saga_id, found="cancel", outcome="")) from None
         except SagaLogError:
             raise
-        except BaseException:
+        except BaseException as error:
             self.unsure = True
+            self.interrupted_by(error)
             problem = f"{operation.asked} was cut off, and may be in the log"
             self.stop(Stopped(f"{self.name} of saga {self.saga_id}", problem, saga_id=self.saga_id, outcome=""))
             raise

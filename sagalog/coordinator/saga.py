@@ -91,7 +91,7 @@ async def _called(run: Run, definition: Definition, input: Any) -> Any:
     try:
         return await CallSaga(definition, run, input)
     except Exception as error:
-        if run.interrupt is not None and error is run.stopped:
+        if run.interrupt is not None:
             raise run.interrupt from error  # the function called its context while it was interrupted
         raise
 

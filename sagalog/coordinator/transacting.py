@@ -7,7 +7,7 @@ import inspect
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
@@ -28,6 +28,7 @@ from sagalog.log.one_connection import Holding, take_turn, turn_of
 from sagalog.log.statements import Statements
 from sagalog.placement import Placement
 
+IN_MEMORY: Final = "in memory"
 _COMMIT: Operation[None] = Call("commit of a transactional handler", Kind.SEVERAL, lambda database: None)
 
 
@@ -61,6 +62,7 @@ class Transactions:
             raise UnusableBind(
                 "a transactional handler",
                 "the log's database is in memory, of one connection, and no Session can share it",
+                found=IN_MEMORY,
                 hint="Give SagaLog an Engine, or open a file.",
             )
         return self._inner.path, self._inner.durability.upper()
@@ -76,7 +78,7 @@ class Transactions:
         engine = self._sync_engine()
         if engine.dialect.is_async:
             raise UnusableBind("a transactional handler", "the engine is async", hint="Use an AsyncSagaCoordinator.")
-        with effect.handler.signature.session(engine) as session:
+        with effect.handler.signature.session(bind=engine) as session:
             return self._inside(session, effect, time.sleep)
 
     def _inside(self, session: Session, effect: Invoke[Any], sleep: Callable[[float], Any]) -> Any:
@@ -102,7 +104,7 @@ class Transactions:
             return await in_thread(self.perform if isinstance(self._inner, FileBind) else self._in_own_loop, effect)
         signature = effect.handler.signature
         if signature.is_async:
-            async with signature.session(self._asyncs()) as session:
+            async with signature.session(bind=self._asyncs()) as session:
                 return await self._around(session, effect)
         async with AsyncSession(self._asyncs(), sync_session_class=signature.session) as session:
             return await session.run_sync(lambda sync: self._inside(sync, effect, sleep_in_greenlet))
@@ -236,7 +238,10 @@ class _Transaction:
                 nested.commit()  # left open: as their outer one's commit would
         except Exception as error:
             raise self.told(error) from error
-        self._look_for_mark(f"RELEASE SAVEPOINT {_MARK}")
+        try:
+            self._look_for_mark(f"RELEASE SAVEPOINT {_MARK}")
+        except DBAPIError as error:
+            raise self.told(error) from error
         self._listen_no_more()
         try:
             self._caller.perform(ended)

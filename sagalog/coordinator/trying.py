@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from asyncio import CancelledError
 from typing import Any, Final, NamedTuple
 
 from sagalog.coordinator.bus import Handler
@@ -96,6 +95,10 @@ async def tried(
             except Exception:
                 step.tries = attempt
                 raise
+            except BaseException:
+                if handler.signature.is_async or not run.policy.asynchronous:  # its thread has not ended, else
+                    step.is_over(handler.settle)
+                raise
             finally:
                 calling.over = True
                 being_called.set(called_before)
@@ -140,7 +143,11 @@ async def tried(
             return await _as_committed(run, handler, step)  # the answer of its commit was lost
         if not again:
             return Doubt(reason_of(failed), failed)
-        await Sleep(wait)
+        try:
+            await Sleep(wait)
+        except BaseException:
+            step.is_over(handler.settle)
+            raise
         if run.interrupted or not may_try(step, retry):
             return Doubt(reason_of(failed), failed)
         attempt += 1
@@ -273,8 +280,7 @@ def cut_off(run: Run, step: Step, error: BaseException | None = None) -> None:
     if step.state is StepState.PENDING:
         step.error = step.error or "it was cut off"
         run.stop(failure_of_step(run, step, Doubt(step.error, None)))
-        if not isinstance(error, Exception | GeneratorExit | CancelledError | None):
-            run.interrupt = run.interrupt or error
+        run.interrupted_by(error)
 
 
 async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bool = True) -> Outcome:
@@ -305,7 +311,7 @@ def _may_be_tried(step: Step, retry: Retry | None) -> bool:
 
 async def begin_again(run: Run, handler: Handler, step: Step) -> None:
     """Before a step that was begun elsewhere, in another process or thread, is tried under its key."""
-    step.others_until = step.deadline_at or 0  # what was begun there may still be under way
+    step.others_until, step.over_until = step.deadline_at or 0, None  # what was begun there may still be under way
     step.deadline_at = max(step.others_until, due_of(handler, now_ms()))
     await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
 

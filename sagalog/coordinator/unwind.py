@@ -149,6 +149,8 @@ async def _reload(run: Run) -> None:
         before = run.steps.get(step.index)
         if before is not None:
             step.given, step.tries = before.given, before.tries
+            if before.over_until is not None and step.state is StepState.PENDING:
+                step.deadline_at = step.over_until = before.over_until
             step.error = step.error or before.error
         run.steps[step.index] = step
     run.unsure = False

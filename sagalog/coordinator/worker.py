@@ -184,12 +184,12 @@ class Worker:
         Raises:
             WrongEnvironment: The log belongs to another environment.
         """
+        shutdowns = self._shutdowns
         with self._starting:
             if self._running is None or self._running.slots.stopping.is_set():
-                self._start()
+                self._start(shutdowns)
 
-    def _start(self) -> None:
-        shutdowns = self._shutdowns
+    def _start(self, shutdowns: int) -> None:
         drive(self._settings.core.check_environment(), self._coordinator._perform)
         if self._shutdowns != shutdowns:
             return
@@ -350,13 +350,13 @@ class AsyncWorker:
         if self._loop is not loop:
             self._loop, self._running = loop, None
             self._wake, self._starting = asyncio.Event(), asyncio.Lock()
+        shutdowns = self._shutdowns
         async with self._starting:
             running = self._running
             if running is None or running.slots.stopping.is_set() or running.looking.done():
-                await self._start()
+                await self._start(shutdowns)
 
-    async def _start(self) -> None:
-        shutdowns = self._shutdowns
+    async def _start(self, shutdowns: int) -> None:
         await adrive(self._settings.core.check_environment(), self._coordinator._perform)
         if self._shutdowns != shutdowns:
             return

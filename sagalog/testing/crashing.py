@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ from sagalog.coordinator.awaiting import AsyncSagaCoordinator
 from sagalog.coordinator.blocking import SagaCoordinator
 from sagalog.coordinator.effects import Effect, Invoke, Write
 from sagalog.coordinator.recover import RecoveryReport
+from sagalog.coordinator.transacting import IN_MEMORY
 from sagalog.errors import UnusableBind, UnusableHandler
 from sagalog.log.bind import refuse_finished
 from sagalog.log.database import Call, Database, Kind, Operation
@@ -70,7 +72,8 @@ class Crash:
 class _Life:
     """One process: it counts the points that it passes, and dies, or falls asleep, at one of them."""
 
-    def __init__(self, stop_at: int | None, *, repeat: bool, sleeps: bool) -> None:
+    def __init__(self, stop_at: int | None, *, repeat: bool, sleeps: bool, refused: list[UnusableBind]) -> None:
+        self._refused = refused
         self.stop_at = stop_at
         self.repeat = repeat
         self.sleeps = sleeps
@@ -100,7 +103,8 @@ class _Life:
             self._refuse_dead(effect)
             return answer(effect)
         self._pass(f"before {label}")
-        given = answer(effect)
+        with self._noting(effect):
+            given = answer(effect)
         if self._repeats(effect):
             given = answer(effect)
         self._pass(f"after {label}")
@@ -113,11 +117,22 @@ class _Life:
             self._refuse_dead(effect)
             return await answer(effect)
         await self._apass(f"before {label}")
-        given = await answer(effect)
+        with self._noting(effect):
+            given = await answer(effect)
         if self._repeats(effect):
             given = await answer(effect)
         await self._apass(f"after {label}")
         return given
+
+    @contextmanager
+    def _noting(self, effect: Effect[Any]) -> Iterator[None]:
+        """Note that a log cannot carry transactional handlers: the coordinator takes it for a step that failed."""
+        try:
+            yield
+        except UnusableBind as error:
+            if isinstance(effect, Invoke) and effect.handler.transactional and error.found == IN_MEMORY:
+                self._refused.append(error)
+            raise
 
     def _refuse_dead(self, effect: Effect[Any]) -> None:
         """A dead process reads nothing either: whoever waits in it, or a worker, ends as on a closed log."""
@@ -221,9 +236,10 @@ class CrashPoints:
         self._zombie = zombie
         self._again = again
         self._only = only
+        self._refused: list[UnusableBind] = []
 
     def _life(self, stop_at: int | None, *, sleeps: bool = False) -> _Life:
-        return _Life(stop_at, repeat=self._repeat, sleeps=sleeps)
+        return _Life(stop_at, repeat=self._repeat, sleeps=sleeps, refused=self._refused)
 
     def __iter__(self) -> Iterator[Crash]:
         plans = _plans(self._again, self._only)
@@ -233,7 +249,7 @@ class CrashPoints:
             try:
                 if isinstance(crash.result, BaseException) and not isinstance(crash.result, Exception):
                     raise crash.result
-                yield crash
+                yield self._check(crash)
             finally:
                 crash.log.close()
             stops = plans.send(crash)
@@ -244,7 +260,7 @@ class CrashPoints:
         while stops is not None:
             crash = await self._alived(stops)
             try:
-                yield crash
+                yield self._check(crash)
             finally:
                 await crash.log.close()
             stops = plans.send(crash)
@@ -257,13 +273,20 @@ class CrashPoints:
                 f"build returned a {type(made).__name__}, and not the {kind.__name__} that it made",
                 hint="Return the coordinator; with an AsyncSagaCoordinator it is `async for`.",
             )
-        if self._open_log is None and made.bus.has_transactional:
+        return made
+
+    def _check(self, crash: Crash) -> Crash:
+        """What makes a run worthless is raised, and not handed over."""
+        if self._refused:
             raise UnusableBind(
                 "crash_points",
                 "a handler is transactional, and the log in memory, of one connection, cannot carry its Session",
                 hint="Give open_log=: a log in a file, or over an Engine, empty for each run (see start_empty).",
-            )
-        return made
+            ) from self._refused[0]
+        if self._only is not None and len(crash.points) < len(self._only):
+            problem = f"the run came to {len(crash.points)} of the stops {self._only}"
+            raise UnusableHandler("crash_points", problem, hint="Take only= from Crash.stops of the same saga.")
+        return crash
 
     # Synchronous
 
@@ -363,10 +386,7 @@ class CrashPoints:
 def _plans(again: bool, only: tuple[int, ...] | None) -> Any:  # noqa: FBT001 - private
     """Which stops to try next, told of how the last run went; None when there is nothing more."""
     if only is not None:
-        crash = yield only
-        if len(crash.points) < len(only):
-            problem = f"the run came to {len(crash.points)} of the stops {only}"
-            raise UnusableHandler("crash_points", problem, hint="Take only= from Crash.stops of the same saga.")
+        yield only
         yield None
         return
     first = 0
