@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 _NONE = type(None)
 _SIMPLE = (str, int, float, bool)
@@ -36,7 +35,9 @@ def plain_check(kind: Any) -> Callable[[Any], bool]:
         return lambda value: type(value) is plain and _is_json(value)
     if not _is_plain_model(kind):
         return lambda value: False
-    fields = [(name, _is_simple(field.annotation), _classes(field.annotation)) for name, field in _fields_of(kind)]
+    fields = [
+        (name, _is_simple(field.annotation), _classes(field.annotation)) for name, field in kind.model_fields.items()
+    ]
 
     def is_plain(value: Any) -> bool:
         # What is read back has every field set, which its handler may ask for.
@@ -61,14 +62,10 @@ def unchangeable_check(kind: Any) -> Callable[[Any], bool]:
     if (
         _is_plain_model(kind)
         and kind.model_config.get("frozen")
-        and all(_is_simple(field.annotation) for _, field in _fields_of(kind))
+        and all(_is_simple(field.annotation) for field in kind.model_fields.values())
     ):
         return plain_check(kind)
     return lambda value: False
-
-
-def _fields_of(kind: type[BaseModel]) -> Iterable[tuple[str, FieldInfo]]:
-    return kind.model_fields.items()
 
 
 def _is_simple(kind: Any) -> bool:

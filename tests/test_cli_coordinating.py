@@ -123,15 +123,20 @@ def test_recover_names_what_it_leaves(shop: Any) -> None:
     assert "saga 5 (unheard_of) is left: it never belonged to a coordinator" in done.out
 
 
-@pytest.mark.parametrize("make", ["make", "amake"])
-def test_retry_refuses_a_doubt_and_sends_it_again_when_told(
-    shop: Any, make: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def left_in_doubt(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saga 1, whose bank does not answer."""
     monkeypatch.setenv("BANK", "shut")
     with shop.make() as coordinator:
         with pytest.raises(Exception, match="in doubt"):
             coordinator.run("pay", 1)
         coordinator.log.close()
+
+
+@pytest.mark.parametrize("make", ["make", "amake"])
+def test_retry_refuses_a_doubt_and_sends_it_again_when_told(
+    shop: Any, make: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_in_doubt(shop, monkeypatch)
     monkeypatch.delenv("BANK")
     app = ("--app", f"{shop.__name__}:{make}")
     refused = sagalog(*app, "retry", "1", "--note", "the bank is back", "--yes")
@@ -146,11 +151,7 @@ def test_retry_refuses_a_doubt_and_sends_it_again_when_told(
 
 
 def test_retry_of_a_saga_that_waits_tells_that_it_has_not_ended(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BANK", "shut")
-    with shop.make() as coordinator:
-        with pytest.raises(Exception, match="in doubt"):
-            coordinator.run("pay", 1)
-        coordinator.log.close()
+    left_in_doubt(shop, monkeypatch)
     app = ("--app", f"{shop.__name__}:undoing")
     done = sagalog(*app, "retry", "1", "--note", "try", "--again", "--yes")
     assert (done.status, done.out.strip().partition(":")[0]) == (1, "saga 1 is compensating"), done.out
@@ -158,22 +159,14 @@ def test_retry_of_a_saga_that_waits_tells_that_it_has_not_ended(shop: Any, monke
 
 
 def test_retry_of_a_saga_that_needs_a_person_still_has_failed(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BANK", "shut")
-    with shop.make() as coordinator:
-        with pytest.raises(Exception, match="in doubt"):
-            coordinator.run("pay", 1)
-        coordinator.log.close()
+    left_in_doubt(shop, monkeypatch)
     done = sagalog("--app", f"{shop.__name__}:make", "retry", "1", "--note", "try", "--again", "--yes")
     assert (done.status, done.out.strip().partition(":")[0]) == (1, "saga 1 is failed_compensation"), done.out
     assert "Saga 1 still needs a person." in done.err
 
 
 def test_diag_names_the_retry_that_may_end_a_saga(shop: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BANK", "shut")
-    with shop.make() as coordinator:
-        with pytest.raises(Exception, match="in doubt"):
-            coordinator.run("pay", 1)
-        coordinator.log.close()
+    left_in_doubt(shop, monkeypatch)
     with closing(sqlite3.connect("shop.db")) as connection, connection:
         connection.execute("UPDATE saga_step SET deadline_at = 1")
     with SagaLog.open("shop.db") as log:

@@ -105,10 +105,8 @@ class Executor:
         """
         if not self._registered:
             return True
-        now = time.monotonic()
-        if now < self._renew_at <= self._ends_at - self.lease / 3:
-            return False  # whether the thread lives need not be asked
-        return now >= (self._ends_at - self.lease / 3 if self._is_kept() else self._renew_at)
+        due = self._ends_at - self.lease / 3 if self._is_kept() else self._renew_at
+        return time.monotonic() >= due
 
     def _is_kept(self) -> bool:
         return self._thread is not None and self._thread.is_alive()

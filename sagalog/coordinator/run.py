@@ -119,7 +119,7 @@ class Step:
         state = known_state(StepState, found, saga_id, index)
         return cls(index, name, cmd_json, state, started_at, deadline_at, output_json, compensated_by, error)
 
-    def is_over(self, settle: float) -> None:
+    def note_ended(self, settle: float) -> None:
         """A call that was cut off has ended; what it sent may land for so many seconds."""
         self.deadline_at = self.over_until = max(self.others_until, now_ms() + int(settle * 1000))
 

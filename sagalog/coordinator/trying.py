@@ -97,7 +97,7 @@ async def tried(
                 raise
             except BaseException:
                 if handler.signature.is_async or not run.policy.asynchronous:  # its thread has not ended, else
-                    step.is_over(handler.settle)
+                    step.note_ended(handler.settle)
                 raise
             finally:
                 calling.over = True
@@ -146,7 +146,7 @@ async def tried(
         try:
             await Sleep(wait)
         except BaseException:
-            step.is_over(handler.settle)
+            step.note_ended(handler.settle)
             raise
         if run.interrupted or not may_try(step, retry):
             return Doubt(reason_of(failed), failed)

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -101,7 +102,6 @@ def is_closed(error: BaseException) -> bool:
 
 
 _CLOSED = "closed"
-_BEGIN = "BEGIN IMMEDIATE"
 
 
 def begin_immediate(execute: Callable[[str], Any], seconds: float, sleep: Callable[[float], Any]) -> None:
@@ -115,12 +115,7 @@ def begin_immediate(execute: Callable[[str], Any], seconds: float, sleep: Callab
         seconds: How long to try.
         sleep: Waits so many seconds.
     """
-    try:
-        execute(_BEGIN)
-    except Exception as error:
-        if sqlite_code(error) != SQLITE_BUSY:
-            raise
-        retry_while_busy(lambda: execute(_BEGIN), seconds, sleep)
+    retry_while_busy(partial(execute, "BEGIN IMMEDIATE"), seconds, sleep)
 
 
 def retry_while_busy(attempt: Callable[[], R], seconds: float, sleep: Callable[[float], Any]) -> R:

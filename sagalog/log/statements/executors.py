@@ -79,7 +79,7 @@ class ExecutorStatements(Tables):
             .limit(bind("limit_"))
         )
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def candidates(self, adopt: bool) -> Statement:  # noqa: FBT001 - a cache key
         """Unresolved sagas whose executor is gone, fewest take-overs first."""
         c = self.saga.c
@@ -90,7 +90,7 @@ class ExecutorStatements(Tables):
             .limit(bind("limit_"))
         )
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def claim(self, adopt: bool) -> Statement:  # noqa: FBT001 - a cache key
         """One compare-and-set: by the epoch that was seen, and only if the owner has not come back."""
         c = self.saga.c

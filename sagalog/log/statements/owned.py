@@ -59,7 +59,7 @@ class OwnedStatements(SagaStatements, StepStatements):
         """The same of a saga that is running: it has no `terminal_at`, and no index of that needs to be written."""
         return Statement(self._move_saga(SagaState.COMPENSATING, Actor.SAGA, failure_reason=bind("reason_")))
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def complete(self, cancellable: bool) -> Statement:  # noqa: FBT001 - a cache key
         """`completed`, with the result; refused while a step is pending, or if a cancel was asked for."""
         moved = self._move_saga(
@@ -91,14 +91,14 @@ class OwnedStatements(SagaStatements, StepStatements):
 
     # Steps
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def begin_step(self, cancellable: bool) -> Statement:  # noqa: FBT001 - a cache key
         """A pending row with the deadline of its first try."""
         pending = {**self._pending_step, "deadline_at": bind("deadline_")}
         also = self._not_cancelled if cancellable else true()
         return Statement(self._insert_step(OPEN_FOR_STEPS, pending, also).on_conflict_do_nothing())
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def record_step(self, cancellable: bool) -> Statement:  # noqa: FBT001 - a cache key
         """A row that was succeeded from the beginning: there is no effect that it could leave in doubt."""
         ended = {
@@ -173,7 +173,7 @@ class OwnedStatements(SagaStatements, StepStatements):
             .values(compensated_by=bind("undo_"))
         )
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def reopen(self, target: SagaState) -> Statement:
         """A saga that needs a person is taken over; that is the first take-over, however many there were."""
         moved = self._move_saga(

@@ -34,7 +34,7 @@ class ReadingStatements(Tables):
     def get(self) -> Statement:
         return self._with_steps(select(*self.saga.c).where(self._this_saga))
 
-    @lru_cache(maxsize=1)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def stored(self, of_saga: tuple[str, ...], of_step: tuple[str, ...]) -> Statement:
         """Some columns of a saga, and of each of its steps."""
         joined = self.saga.outerjoin(self.step, self.step.c.saga_id == self.saga.c.saga_id)
@@ -42,7 +42,7 @@ class ReadingStatements(Tables):
         found = select(*columns).select_from(joined).where(self._this_saga)
         return Statement(found.order_by(self.step.c.step_index))
 
-    @lru_cache(maxsize=2)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def unresolved_sagas(self, limited: bool) -> Statement:  # noqa: FBT001 - a cache key
         """All unresolved sagas with their steps, or the first `limit_` of them."""
         sagas = select(*self.saga.c).where(one_of(UNRESOLVED, self.saga.c.state)).order_by(self.saga.c.saga_id)

@@ -132,7 +132,7 @@ class SagaStatements(Tables):
             self._move_saga(SagaState.FAILED_COMPENSATION, failure_reason=bind("reason_"), terminal_at=bind("at_"))
         )
 
-    @lru_cache(maxsize=8)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def terminate(self, target: SagaState) -> Statement:
         """Completed, failed or compensated; refused in SQL while a step stands in the way."""
         return Statement(self._move_saga(target, failure_reason=bind("reason_"), terminal_at=bind("at_")))

@@ -17,13 +17,13 @@ class SettlingStatements(Tables):
 
     # An operator's settling
 
-    @lru_cache(maxsize=8)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def resolve(self, target: SagaState) -> Statement:
         """An operator's settling of a saga that needs a person; it raises the epoch."""
         epoch = self.saga.c.epoch + literal_column("1")
         return Statement(self._move_saga(target, Actor.OPERATOR, terminal_at=bind("at_"), epoch=epoch))
 
-    @lru_cache(maxsize=8)  # noqa: B019 - one Statements a placement, kept for ever
+    @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def resolve_step(self, target: StepState) -> Statement:
         """An operator's settling of a step; not before nothing of its last try can still be under way."""
         unowned = and_(
