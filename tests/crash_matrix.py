@@ -283,7 +283,7 @@ def main() -> int:
     open_log = (
         _postgres(given.postgres, asynchronous=given.asynchronous, carried=given.carried) if given.postgres else None
     )
-    tally = Tally()
+    tally = Tally(len(chosen))
 
     async def all_async() -> None:
         for scenario in chosen:
@@ -296,7 +296,7 @@ def main() -> int:
         for scenario in chosen:
             for crash, problems in crashes(scenario, open_log, **how):
                 tally.judge(scenario.words, crash, problems)
-    return tally.told(len(chosen))
+    return tally.told()
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ def main() -> int:
     given = parser.parse_args()
     how: dict[str, Any] = {"again": given.again, "only": given.only}
     chosen = [Scenario.read(given.scenario)] if given.scenario else list(scenarios(given.steps))
-    tally = Tally()
+    tally = Tally(len(chosen))
 
     async def every(url: str) -> None:
         stage = Stage(url, asynchronous=given.asynchronous)
@@ -270,7 +270,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         url = given.postgres or f"sqlite:///{Path(folder) / 'sagas.db'}"
         asyncio.run(every(url))
-    return tally.told(len(chosen))
+    return tally.told()
 
 
 if __name__ == "__main__":
