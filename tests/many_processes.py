@@ -18,7 +18,7 @@ from typing import Any
 
 from sagalog import CommandBus, SagaContext, SagaCoordinator, SagaFailed, SagaInProgress, SagaLog, SagaRecord, StepInfo
 from sagalog.coordinator.effects import Effect
-from sagalog.testing.crashing import _label
+from sagalog.testing.lives import label_of
 from tests.crash_matrix import Do, Done, Undo
 from tests.processes import LONGEST, Child, World, records, time_passes
 
@@ -93,7 +93,7 @@ class _Interrupting:
         self._never = threading.Event()
 
     def __call__(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Any]) -> Any:
-        if _label(effect) is None:
+        if label_of(effect) is None:
             return answer(effect)
         self._pass()
         given = answer(effect)

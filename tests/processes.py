@@ -26,7 +26,7 @@ from sagalog import SagaFailed, SagaLog, SagaRecord
 from sagalog.coordinator.effects import Effect, Invoke, Write
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.statements import Statement
-from sagalog.testing.crashing import _all_ids, _label, _time_passes
+from sagalog.testing import lives
 from tests.crash_matrix import Shop
 from tests.scenarios import Scenario
 
@@ -184,7 +184,7 @@ class Life:
             os.kill(os.getpid(), _SIGNALS[self._strike])
 
     def __call__(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Any]) -> Any:
-        label = _label(effect)
+        label = lives.label_of(effect)
         if label is None:
             return answer(effect)
         self.point(f"before {label}")
@@ -290,7 +290,7 @@ def _empty(db: Database) -> None:
 
 def time_passes(log: SagaLog) -> None:
     """Every lease has run out, and nothing of what was tried can be under way any more."""
-    log._bind.perform(_time_passes())
+    log._bind.perform(lives.time_passes())
 
 
 def leases_run_out(log: SagaLog) -> None:
@@ -304,4 +304,4 @@ def leases_run_out(log: SagaLog) -> None:
 
 def records(log: SagaLog) -> list[SagaRecord]:
     """All sagas, every column."""
-    return [log.get(saga_id) for saga_id in log._bind.perform(_all_ids())]
+    return [log.get(saga_id) for saga_id in log._bind.perform(lives.all_ids())]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import Enum, IntEnum, StrEnum
+from enum import IntEnum, StrEnum
 from typing import Annotated, Any, Generic, Literal, NewType, TypeVar
 
 import pytest
@@ -14,17 +13,31 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    Json,
     PrivateAttr,
     SecretStr,
-    computed_field,
     field_serializer,
     field_validator,
 )
-from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from sagalog import CommandBus, PayloadError, Retry, SagaCoordinator, SagaFailed, SagaLog
+from sagalog import CommandBus, Retry, SagaCoordinator, SagaFailed, SagaLog
 from tests.coordinating import Killed, Stage
+from tests.payloads import (
+    Bytes,
+    Card,
+    Counted,
+    Holds,
+    Line,
+    Marked,
+    Open,
+    Order,
+    Pays,
+    ReadElsewhere,
+    Receipt,
+    Red,
+    Shelf,
+    asking,
+    returning,
+)
 from tests.troubled import Ask, One, answering
 
 T = TypeVar("T")
@@ -34,63 +47,9 @@ class Page(BaseModel, Generic[T]):
     items: list[T]
 
 
-class Undo(BaseModel):
-    word: str = "hello"
-
-
 class Partly(BaseModel):
     kept: int = 1
     left_out: int = Field(default=0, exclude=True)
-
-
-class Required(BaseModel):
-    left_out: int = Field(exclude=True)
-
-
-class Renamed(BaseModel):
-    word: str = Field(serialization_alias="another")
-
-
-class Computed(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    one: int = 1
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def two(self) -> int:
-        return 2
-
-
-class Pair(Enum):
-    ONE = (1, 2)
-
-
-class Secret(BaseModel):
-    password: SecretStr
-
-
-def asking(stage: Stage, handler: Any, then: Any = None, undone: list[Any] | None = None) -> Any:
-    stage.bus.handler(handler)
-
-    @stage.bus.compensation(Ask)
-    def undoes(cmd: Ask, output: Any) -> Undo:
-        if undone is not None:
-            undone.append(output)
-        return Undo()
-
-    @stage.bus.handler
-    def undo(cmd: Undo) -> None:
-        """Nothing."""
-
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("asks")
-    def asks(ctx: Any) -> None:
-        answered = ctx.dispatch(Ask())
-        if then is not None:
-            then(answered)
-
-    return coordinator
 
 
 MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
@@ -130,49 +89,6 @@ def test_an_answer_is_from_the_first_try_on_what_the_log_gives_back(
     assert (answers, undone) == ([held], [held])
 
 
-@pytest.mark.parametrize(
-    ("answer", "returns"),
-    [
-        ([One(number=1), One(number=2)], One),
-        (Required(left_out=1), Required),
-        (Renamed(word="hello"), Renamed),
-        (Computed(), Computed),
-        (Pair.ONE, Pair),
-    ],
-    ids=["two where one is said", "excluded", "renamed", "computed", "enum of tuples"],
-)
-def test_an_answer_that_the_log_cannot_give_back_is_in_doubt_and_nothing_goes_on(
-    stage: Stage, answer: Any, returns: Any
-) -> None:
-    went_on: list[Any] = []
-    coordinator = asking(stage, answering(answer, returns), went_on.append)
-    with pytest.raises(SagaFailed, match="in doubt: PayloadError") as failure:
-        coordinator.run("asks")
-    assert failure.value.outcome == "failed_compensation"
-    assert went_on == []
-
-
-@pytest.mark.parametrize("cmd", [Required(left_out=1), Renamed(word="hello"), Computed()], ids=repr)
-def test_a_command_that_the_log_cannot_give_back_is_refused_before_anything_is_written(stage: Stage, cmd: Any) -> None:
-    called: list[Any] = []
-
-    def do(given: Any) -> None:
-        called.append(given)
-
-    do.__annotations__["given"] = type(cmd)
-    stage.bus.handler(pivot=True)(do)
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("sends")
-    def sends(ctx: Any) -> None:
-        ctx.dispatch(cmd)
-
-    with pytest.raises(SagaFailed, match="cannot be read back from what the log would hold of it"):
-        coordinator.run("sends")
-    assert called == []
-    assert stage.states() == []
-
-
 class Word(StrEnum):
     ONE = "one"
 
@@ -190,17 +106,9 @@ class Doubling(BaseModel):
         return number * 2
 
 
-class Holds(BaseModel):
-    value: Any
-
-
 class HoldsOne(BaseModel):
     one: One
     more: dict[str, Any] = {}
-
-
-class HoldsJson(BaseModel):
-    value: Json[Any]
 
 
 class Hides(BaseModel):
@@ -215,7 +123,10 @@ class Exact(BaseModel):
 
 
 hides = Hides(number=1)
+
+
 hides._secret = 5
+
 
 COMMANDS = [
     Partly(kept=2, left_out=9),
@@ -274,76 +185,6 @@ def test_an_answer_is_at_first_what_a_resume_answers(answer: Any) -> None:
     assert repr(answers[0]) == repr(answers[1])
 
 
-def test_a_command_that_could_not_be_read_back_as_it_is_annotated_is_refused() -> None:
-    """Its field wants JSON in a text, and the log holds what that text said."""
-
-    def do(cmd: HoldsJson) -> None:
-        """Nothing."""
-
-    bus = CommandBus()
-    bus.handler(pivot=True)(do)
-    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
-
-        @coordinator.saga("sends")
-        def sends(ctx: Any) -> None:
-            ctx.dispatch(HoldsJson(value='{"a": 1}'))
-
-        with pytest.raises(SagaFailed, match="cannot be read back"):
-            coordinator.run(sends)
-
-
-def test_an_undo_that_the_log_cannot_give_back_is_left_to_a_person(stage: Stage) -> None:
-    @stage.bus.handler
-    def ask(cmd: Ask) -> None:
-        """Nothing."""
-
-    @stage.bus.compensation(Ask)
-    def undoes(cmd: Ask, output: Any) -> Required:
-        return Required(left_out=1)
-
-    @stage.bus.handler
-    def undo(cmd: Required) -> None:
-        raise AssertionError("it was sent")
-
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("asks")
-    def asks(ctx: Any) -> None:
-        ctx.dispatch(Ask())
-        raise ValueError("undo it")
-
-    with pytest.raises(SagaFailed, match="cannot be read back") as failure:
-        coordinator.run("asks")
-    assert failure.value.outcome == "failed_compensation"
-
-
-@pytest.mark.parametrize("derived", [Undo, None], ids=["a class", "None"])
-def test_a_compensation_that_gives_no_command_leaves_the_saga_to_a_person(stage: Stage, derived: Any) -> None:
-    @stage.bus.handler
-    def ask(cmd: Ask) -> None:
-        """Nothing."""
-
-    @stage.bus.compensation(Ask)
-    def undoes(cmd: Ask, output: Any) -> Any:
-        return derived
-
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("asks")
-    def asks(ctx: Any) -> None:
-        ctx.dispatch(Ask())
-        raise ValueError("undo it")
-
-    with pytest.raises(SagaFailed, match="its compensation returned") as failure:
-        coordinator.run("asks")
-    assert failure.value.outcome == "failed_compensation"
-
-
-class Order(BaseModel):
-    amount: int
-    note: str = Field(default="", exclude=True)
-
-
 def test_an_input_is_at_first_what_a_resume_reads(stage: Stage) -> None:
     coordinator = stage.coordinator(on_crash="resume")
     seen: list[Any] = []
@@ -361,18 +202,6 @@ def test_an_input_is_at_first_what_a_resume_reads(stage: Stage) -> None:
     assert seen == [Order(amount=7), Order(amount=7)]
 
 
-def test_an_input_that_does_not_fit_is_refused_before_anything_is_written(stage: Stage) -> None:
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("takes")
-    def takes(ctx: Any, order: Order) -> None:
-        """Nothing."""
-
-    with pytest.raises(PayloadError, match="run of takes"):
-        coordinator.run("takes", {"amount": "many"})
-    assert stage.log.max_saga_id() == 0
-
-
 class Told(BaseModel):
     """Its secret is written in clear."""
 
@@ -381,18 +210,6 @@ class Told(BaseModel):
     @field_serializer("writeOnly", when_used="json")
     def tell(self, secret: SecretStr) -> Any:
         return secret.get_secret_value()
-
-
-class Card(BaseModel):
-    number: str
-
-
-class Giro(BaseModel):
-    number: str
-
-
-class Pays(BaseModel):
-    by: Card | Giro
 
 
 class Named(BaseModel):
@@ -407,128 +224,6 @@ class Other(BaseModel):
 
 class PaysClearly(BaseModel):
     by: Named | Other = Field(discriminator="kind")
-
-
-@dataclass
-class Pair2:
-    by: Card | Giro
-
-
-class ReadElsewhere(BaseModel):
-    pence: int = Field(default=0, validation_alias="amount")
-
-
-class WrittenElsewhere(BaseModel):
-    pence: int = Field(default=0, serialization_alias="amount")
-
-
-class Special(Card):
-    """Of a field that says Card, what is its own is not written."""
-
-    owner: str = ""
-
-
-class Holder(BaseModel):
-    by: Card
-
-
-class Bytes(BaseModel):
-    model_config = ConfigDict(ser_json_bytes="base64")
-    body: bytes
-
-
-@dataclass
-class Counted:
-    count: int = field(default=0, init=False)
-
-
-@pydantic_dataclass
-class Cents:
-    cents: int = Field(default=0, serialization_alias="amount")
-
-
-class ByName(BaseModel):
-    model_config = ConfigDict(validate_by_alias=False, validate_by_name=True)
-    pence: int = Field(default=0, alias="amount")
-
-
-class Line(BaseModel):
-    model_config = ConfigDict(frozen=True)
-    pence: int = Field(default=0, validation_alias="amount")
-
-
-class Shelf(BaseModel):
-    lines: frozenset[Line] = frozenset()
-    secrets: set[SecretStr] = set()
-
-
-class Open(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-
-class Red(Enum):
-    ONE = "one"
-
-
-class Blue(Enum):
-    ONE = "one"
-
-
-class Marked(BaseModel):
-    mark: Red | Blue
-
-
-def counted(count: int) -> Counted:
-    made = Counted()
-    made.count = count
-    return made
-
-
-@pytest.mark.parametrize(
-    ("payload", "words"),
-    [
-        (Secret(password=SecretStr("x")), "only a mask"),
-        (Holds(value=[SecretStr("x")]), "only a mask"),
-        (Pays(by=Giro(number="1")), "a Giro reads back as a Card"),
-        (Pair2(by=Giro(number="1")), "a Giro reads back as a Card"),
-        (ReadElsewhere(amount=500), "the 'pence' of a ReadElsewhere is not read back"),
-        (WrittenElsewhere(pence=500), "the 'pence' of a WrittenElsewhere is not read back"),
-        (Holder(by=Special(number="1", owner="ann")), "the 'owner' of a Special is not read back"),
-        (Bytes(body=b"abc"), "written in one way, and read in another"),
-        (counted(3), "the 'count' of a Counted is not read back"),
-        (Cents(cents=500), "the 'cents' of a Cents is not read back"),
-        (ByName(pence=500), "the 'pence' of a ByName is not read back"),
-        (Shelf(lines=frozenset({Line(amount=500)})), "what a frozenset holds"),
-        (Shelf(secrets={SecretStr("x")}), "what a set holds"),
-        (Open.model_validate({"password": SecretStr("x")}), "only a mask"),
-        (Marked(mark=Blue.ONE), "a Blue reads back as a Red"),
-    ],
-    ids=repr,
-)
-def test_what_would_be_read_back_as_something_else_is_refused(payload: Any, words: str) -> None:
-    def do(cmd: Any) -> None:
-        raise AssertionError("it was sent")
-
-    def take(ctx: Any, order: Any) -> None:
-        if order is not None:
-            ctx.dispatch(payload)
-
-    do.__annotations__["cmd"] = type(payload)
-    bus = CommandBus()
-    bus.handler(pivot=True)(do)
-    bus.handler(pivot=True)(answering(payload, type(payload)))
-    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
-        coordinator.saga("sends")(take)
-        with pytest.raises(SagaFailed, match=words):
-            coordinator.run("sends", 1)
-        coordinator.saga("asks")(lambda ctx: ctx.dispatch(Ask()))
-        with pytest.raises(SagaFailed, match=words):
-            coordinator.run("asks")
-        take.__annotations__["order"] = type(payload)
-        coordinator.saga("takes")(take)
-        for start in (coordinator.run, coordinator.submit):
-            with pytest.raises(PayloadError, match=words):
-                start("takes", payload)
 
 
 @pytest.mark.parametrize(
@@ -611,38 +306,6 @@ def test_a_command_says_at_first_what_it_says_later_of_the_fields_that_are_set()
     assert sent == [{"pence", "currency"}] * 2
 
 
-class Absent(BaseModel):
-    tags: list[str] = None  # type: ignore[assignment]
-
-
-class AbsentToo(BaseModel):
-    tags: dict = None  # type: ignore[assignment, type-arg]
-
-
-@pytest.mark.parametrize("cmd", [Absent(), AbsentToo(), Absent.model_construct(tags=None)], ids=repr)
-def test_a_command_without_the_list_that_it_says_it_has_is_refused(stage: Stage, cmd: Any) -> None:
-    test_a_command_that_the_log_cannot_give_back_is_refused_before_anything_is_written(stage, cmd)
-
-
-def test_an_answer_that_cannot_be_stored_is_not_asked_for_again(stage: Stage) -> None:
-    asked: list[int] = []
-
-    def ask(cmd: Ask) -> float:
-        asked.append(1)
-        return float("nan")
-
-    stage.bus.handler(pivot=True, idempotent=True, retry=Retry(attempts=3, initial=0.0))(ask)
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("asks")
-    def asks(ctx: Any) -> None:
-        ctx.dispatch(Ask())
-
-    with pytest.raises(SagaFailed, match="in doubt"):
-        coordinator.run("asks")
-    assert asked == [1]
-
-
 Events = NewType("Events", list[One])
 
 
@@ -674,30 +337,9 @@ def test_every_try_gets_the_command_as_it_is_in_the_log() -> None:
     assert seen == [{"a": 1}] * 3
 
 
-# Results
-
-
-class Receipt(BaseModel):
-    number: int
-
-
 class Kept(BaseModel):
     number: int
     hint: int = Field(default=0, exclude=True)
-
-
-class Sealed(BaseModel):
-    code: SecretStr
-
-
-def returning(stage: Stage, result: Any, returns: Any) -> Any:
-    def gives(ctx: Any) -> Any:
-        return result
-
-    gives.__annotations__["return"] = returns
-    coordinator = stage.coordinator()
-    coordinator.saga("gives")(gives)
-    return coordinator
 
 
 @pytest.mark.parametrize(
@@ -713,16 +355,3 @@ def returning(stage: Stage, result: Any, returns: Any) -> Any:
 def test_a_result_is_at_first_what_its_key_gives_later(stage: Stage, result: Any, returns: Any, held: Any) -> None:
     coordinator = returning(stage, result, returns)
     assert [coordinator.run("gives", key="k") for _ in range(2)] == [held, held]
-
-
-@pytest.mark.parametrize(
-    ("result", "returns", "words"),
-    [(None, Receipt, "a NoneType is no result of it"), (Sealed(code=SecretStr("x")), Sealed, "it holds a secret")],
-    ids=repr,
-)
-def test_a_result_that_nobody_could_read_later_fails_its_saga(
-    stage: Stage, result: Any, returns: Any, words: str
-) -> None:
-    with pytest.raises(SagaFailed, match=words) as raised:
-        returning(stage, result, returns).run("gives")
-    assert raised.value.outcome == "compensated"

@@ -9,33 +9,20 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, TypeAlias
-
-from sqlalchemy import literal_column, select, update
 
 from sagalog.coordinator.awaiting import AsyncSagaCoordinator
 from sagalog.coordinator.blocking import SagaCoordinator
-from sagalog.coordinator.effects import Effect, Invoke, Write
 from sagalog.coordinator.recover import RecoveryReport
-from sagalog.coordinator.transacting import IN_MEMORY
 from sagalog.errors import UnusableBind, UnusableHandler
-from sagalog.log.bind import refuse_finished
-from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.facade import AsyncSagaLog, SagaLog
-from sagalog.log.statements import Statement, Statements
 from sagalog.records import SagaRecord
-from sagalog.states import StepState
+from sagalog.testing.lives import Life, Stopped, all_ids, time_passes
 
 Coordinator: TypeAlias = SagaCoordinator | AsyncSagaCoordinator
 _RECOVERIES = 2
-
-
-class Stopped(BaseException):
-    """The process is dead here. Not an Exception, so that no handler or saga catches it by accident."""
 
 
 @dataclass
@@ -67,111 +54,6 @@ class Crash:
 
     def __str__(self) -> str:
         return f"stopped at {' and then at '.join(self.points)}" if self.points else "not stopped"
-
-
-class _Life:
-    """One process: it counts the points that it passes, and dies, or falls asleep, at one of them."""
-
-    def __init__(self, stop_at: int | None, *, repeat: bool, sleeps: bool, refused: list[UnusableBind]) -> None:
-        self._refused = refused
-        self.stop_at = stop_at
-        self.repeat = repeat
-        self.sleeps = sleeps
-        self.point: str | None = None
-        self.asleep = threading.Event()
-        self.awake = threading.Event()
-        self.asleep_in_loop = asyncio.Event()
-        self.awake_in_loop = asyncio.Event()
-        self._count = 0
-        self.is_dead = False
-        self._lock = threading.Lock()
-
-    def _is_stop(self, label: str) -> bool:
-        with self._lock:
-            if self.is_dead:
-                raise Stopped
-            number, self._count = self._count, self._count + 1
-            if number != self.stop_at:
-                return False
-            self.point = label
-            self.is_dead = not self.sleeps
-            return True
-
-    def __call__(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Any]) -> Any:
-        label = _label(effect)
-        if label is None:
-            self._refuse_dead(effect)
-            return answer(effect)
-        self._pass(f"before {label}")
-        with self._noting(effect):
-            given = answer(effect)
-        if self._repeats(effect):
-            given = answer(effect)
-        self._pass(f"after {label}")
-        return given
-
-    async def in_loop(self, effect: Effect[Any], answer: Callable[[Effect[Any]], Awaitable[Any]]) -> Any:
-        """The same for an async coordinator."""
-        label = _label(effect)
-        if label is None:
-            self._refuse_dead(effect)
-            return await answer(effect)
-        await self._apass(f"before {label}")
-        with self._noting(effect):
-            given = await answer(effect)
-        if self._repeats(effect):
-            given = await answer(effect)
-        await self._apass(f"after {label}")
-        return given
-
-    @contextmanager
-    def _noting(self, effect: Effect[Any]) -> Iterator[None]:
-        """Note that a log cannot carry transactional handlers: the coordinator takes it for a step that failed."""
-        try:
-            yield
-        except UnusableBind as error:
-            if isinstance(effect, Invoke) and effect.handler.transactional and error.found == IN_MEMORY:
-                self._refused.append(error)
-            raise
-
-    def _refuse_dead(self, effect: Effect[Any]) -> None:
-        """A dead process reads nothing either: whoever waits in it, or a worker, ends as on a closed log."""
-        if self.is_dead:
-            assert isinstance(effect, Write)
-            raise refuse_finished(effect.operation.asked)
-
-    def _repeats(self, effect: Effect[Any]) -> bool:
-        return self.repeat and isinstance(effect, Invoke) and not effect.handler.transactional
-
-    def _pass(self, label: str) -> None:
-        if self._is_stop(label):
-            self.asleep.set()
-            if not self.sleeps:
-                raise Stopped
-            self.awake.wait()
-
-    async def _apass(self, label: str) -> None:
-        if self._is_stop(label):
-            self.asleep_in_loop.set()
-            if not self.sleeps:
-                raise Stopped
-            await self.awake_in_loop.wait()
-
-
-def _label(effect: Effect[Any]) -> str | None:
-    """What a point is called; None for what is none: a read, or the lease."""
-    if isinstance(effect, Invoke):
-        undo = "" if effect.info.compensates is None else " (an undo)"
-        return f"calling {effect.handler.name} of step {effect.info.step_index}{undo}"
-    assert isinstance(effect, Write)
-    operation = effect.operation
-    if operation.kind.reads or operation.asked in _NOT_THE_SAGAS:
-        return None
-    step = "" if operation.step_index is None else f" of step {operation.step_index}"
-    return f"writing {operation.asked}{step}"
-
-
-_NOT_THE_SAGAS = ("renew", "retire", "forget_dead", "environment")
 
 
 def crash_points(
@@ -238,8 +120,8 @@ class CrashPoints:
         self._only = only
         self._refused: list[UnusableBind] = []
 
-    def _life(self, stop_at: int | None, *, sleeps: bool = False) -> _Life:
-        return _Life(stop_at, repeat=self._repeat, sleeps=sleeps, refused=self._refused)
+    def _life(self, stop_at: int | None, *, sleeps: bool = False) -> Life:
+        return Life(stop_at, repeat=self._repeat, sleeps=sleeps, refused=self._refused)
 
     def __iter__(self) -> Iterator[Crash]:
         plans = _plans(self._again, self._only)
@@ -316,9 +198,10 @@ class CrashPoints:
         first.awake.set()
         process.join()
         last.close()
-        return _crash(log, last, points, stops, reports, [log.get(found) for found in _ids(log)], result)
+        sagas = [log.get(saga_id) for saga_id in log._bind.perform(all_ids())]
+        return _crash(log, last, points, stops, reports, sagas, result)
 
-    def _live(self, coordinator: Any, life: _Life, result: list[object]) -> None:
+    def _live(self, coordinator: Any, life: Life, result: list[object]) -> None:
         coordinator.interpose = life
         try:
             result.append(self._start(coordinator))
@@ -332,7 +215,7 @@ class CrashPoints:
 
     def _die(self, log: Any, coordinator: Any) -> None:
         coordinator._core.executor.stop()
-        log._bind.perform(_time_passes())
+        log._bind.perform(time_passes())
 
     # Asynchronous
 
@@ -363,10 +246,10 @@ class CrashPoints:
         first.awake_in_loop.set()
         await process
         await last.close()
-        sagas = [await log.get(saga_id) for saga_id in await log._bind.perform(_all_ids())]
+        sagas = [await log.get(saga_id) for saga_id in await log._bind.perform(all_ids())]
         return _crash(log, last, points, stops, reports, sagas, result)
 
-    async def _alive(self, coordinator: Any, life: _Life, result: list[object]) -> None:
+    async def _alive(self, coordinator: Any, life: Life, result: list[object]) -> None:
         coordinator.interpose = life.in_loop
         try:
             result.append(await self._start(coordinator))
@@ -380,7 +263,7 @@ class CrashPoints:
 
     async def _adie(self, log: Any, coordinator: Any) -> None:
         await asyncio.to_thread(coordinator._core.executor.stop)
-        await log._bind.perform(_time_passes())
+        await log._bind.perform(time_passes())
 
 
 def _plans(again: bool, only: tuple[int, ...] | None) -> Any:  # noqa: FBT001 - private
@@ -416,40 +299,3 @@ def _crash(
 ) -> Crash:
     named = tuple(point for point in points if point is not None)
     return Crash(named, stops[: len(named)], log, coordinator, reports, sagas, result[0] if result else None)
-
-
-def _ids(log: Any) -> list[int]:
-    found: list[int] = log._bind.perform(_all_ids())
-    return found
-
-
-@lru_cache
-def _ids_of(sql: Statements) -> Statement:
-    return Statement(select(sql.saga.c.saga_id).order_by(sql.saga.c.saga_id))
-
-
-@lru_cache
-def _passing(sql: Statements) -> tuple[Statement, Statement]:
-    zero: Any = literal_column("0")
-    pending = sql.step.c.state == literal_column(f"'{StepState.PENDING}'")
-    return (
-        Statement(update(sql.executor).values(lease_until=zero)),
-        Statement(update(sql.step).where(pending).values(deadline_at=zero)),
-    )
-
-
-def _all_ids() -> Operation[list[int]]:
-    def run(db: Database) -> list[int]:
-        return [row[0] for row in db.fetch(_ids_of(db.sql))]
-
-    return Call("crash_points", Kind.READ, run)
-
-
-def _time_passes() -> Operation[None]:
-    """Every lease has run out, and nothing of what was tried can be under way any more."""
-
-    def run(db: Database) -> None:
-        for statement in _passing(db.sql):
-            db.write(statement, {})
-
-    return Call("crash_points", Kind.SEVERAL, run)
