@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 import traceback
 import warnings
@@ -10,14 +11,27 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 
 from sagalog import (
+    AsyncSagaContext,
+    AsyncSagaCoordinator,
+    AsyncSagaLog,
+    Command,
+    CommandBus,
     LogUnavailable,
+    Retry,
+    SagaCoordinator,
     SagaLog,
     SagaOutcome,
     StepExists,
 )
 from tests.proxies import Proxy
+
+
+class Note(Command[None]):
+    """Writes a row of the host's."""
 
 
 class Server:
@@ -129,6 +143,59 @@ def test_a_write_whose_answer_was_lost_is_told_as_unknown_and_can_be_repeated(po
     through.dispose()
     direct.dispose()
     proxy.close()
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg, async", "asyncpg"])
+@pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
+def test_a_transactional_handler_whose_connection_is_lost_did_nothing_and_is_tried_again(
+    postgres_url: str, driver: str, raises: bool
+) -> None:
+    direct = create_engine(postgres_url)
+    tries: list[int] = []
+    bus = CommandBus()
+    how = {"transactional": True, "read_only": True, "retry": Retry(attempts=2, initial=0.0)}
+
+    def lose(pid: int) -> None:
+        tries.append(pid)
+        if len(tries) == 1:
+            with direct.connect() as other:
+                other.execute(text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+            if raises:
+                raise ValueError("of the handler's own")
+
+    def note(cmd: Note, session: Session) -> None:
+        session.execute(text("INSERT INTO note VALUES ('hello')"))
+        lose(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
+
+    async def anote(cmd: Note, session: AsyncSession) -> None:
+        await session.execute(text("INSERT INTO note VALUES ('hello')"))
+        lose((await session.execute(text("SELECT pg_backend_pid()"))).scalar_one())
+
+    async def run_async() -> None:
+        engine = create_async_engine(postgres_url.replace("+psycopg", f"+{driver.split(',')[0]}"))
+        async with AsyncSagaCoordinator(AsyncSagaLog(engine), bus) as coordinator:
+
+            @coordinator.saga("notes")
+            async def notes(ctx: AsyncSagaContext) -> None:
+                await ctx.dispatch(Note())
+
+            await coordinator.run(notes)
+        await engine.dispose()
+
+    with direct.begin() as connection:
+        connection.execute(text("CREATE TABLE note (body TEXT NOT NULL)"))
+    if driver == "psycopg":
+        bus.handler(**how)(note)
+        with SagaCoordinator(SagaLog(direct), bus) as coordinator:
+            coordinator.saga("notes")(lambda ctx: ctx.dispatch(Note()))
+            coordinator.run("notes")
+    else:
+        bus.handler(**how)(anote)
+        asyncio.run(run_async())
+    with direct.connect() as connection:
+        assert connection.execute(text("SELECT count(*) FROM note")).scalar_one() == 1
+    assert len(tries) == 2
+    direct.dispose()
 
 
 def test_a_serialization_failure_and_a_deadlock_are_told(postgres_url: str) -> None:
