@@ -106,6 +106,7 @@ class _SagaColumns:
             index("saga_state_idx", "state", where="state IN ('running', 'compensating')"),
             index("saga_terminal_idx", "terminal_at"),
             index("saga_key_idx", "key", "name", unique=True, where="key IS NOT NULL"),
+            index("saga_token_idx", "token", unique=True, where="token IS NOT NULL"),
             index("saga_unresolved_idx", "saga_id", where="state IN ('running', 'compensating', 'failed')"),
             index("saga_attention_idx", "saga_id", where="state IN ('submitted', 'failed_compensation', 'abandoned')"),
             index("saga_name_idx", "name", "saga_id"),

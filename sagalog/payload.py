@@ -6,10 +6,11 @@ import json
 import math
 import re
 from collections import deque
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
+from datetime import date, time, timedelta
 from enum import Enum
 from functools import lru_cache
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 from pydantic import (
     AliasChoices,
@@ -20,6 +21,7 @@ from pydantic import (
     SecretBytes,
     SecretStr,
     TypeAdapter,
+    ValidationError,
 )
 from pydantic_core import from_json, to_json
 
@@ -40,6 +42,7 @@ MAX_STEP_INDEX = 2**31 - 1
 _LONGEST_UNCHECKED = 390
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 _SECRET = (SecretStr, SecretBytes, Secret)
+_TIMES = (date, time, timedelta)  # a datetime is a date
 _HELD = "JSON text can hold None, bool, finite numbers, text without U+0000, lists, dicts, Pydantic models, dataclasses"
 
 
@@ -65,7 +68,7 @@ def encode(value: Payload, asked: str, saga_id: int | None = None, step_index: i
         ):
             _check_it_reads_back(value, text)
         return text
-    except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as error:
+    except Exception as error:  # a class's own serializer may raise anything
         # Not chained: what pydantic-core says may quote the value.
         reason = str(error) if isinstance(error, _Unreadable) else f"it cannot be written as JSON ({_kind(error)})"
         problem = f"a payload of type {type(value).__name__} cannot be stored: {reason}"
@@ -153,18 +156,27 @@ def decode_as(kind: type[T], text: str | None, column: str, saga_id: int | None,
         PayloadError: The stored text is not JSON, or does not fit `kind`.
     """
     try:
-        decoded: T = _adapter(kind).validator.validate_json(text or "null")  # type: ignore[arg-type]
-    except ValueError as error:
-        problem = (
-            f"does not fit {getattr(kind, '__name__', kind)} ({getattr(error, 'error_count', lambda: 1)()} errors)"
-        )
+        decoded: T = _adapter(kind).validator.validate_json(text or "null")
+    except Exception as error:  # a class's own validator may raise anything, and Pydantic wraps a ValueError only
+        found = f"{error.error_count()} errors" if isinstance(error, ValidationError) else type(error).__name__
+        problem = f"does not fit {getattr(kind, '__name__', kind)} ({found})"
     else:
         return decoded
     raise _stored_badly(problem, column, saga_id, step_index)
 
 
-@lru_cache(maxsize=512)
 def _adapter(kind: Any) -> TypeAdapter[Any]:
+    if isinstance(kind, type):
+        return _adapter_of(kind, "")
+    try:
+        return _adapter_of(kind, repr(kind))
+    except TypeError:  # it cannot be hashed, or it is no annotation at all
+        return TypeAdapter(kind)
+
+
+@lru_cache(maxsize=512)
+def _adapter_of(kind: Any, written: str) -> TypeAdapter[Any]:
+    """Of a union its order counts as well, which its equality does not tell."""
     return TypeAdapter(kind)
 
 
@@ -189,11 +201,12 @@ def unreadable(kind: Any) -> str | None:
 
 
 def check_had_back(
-    value: Any, back: Any, asked: str, saga_id: int | None = None, step_index: int | None = None
+    kind: Any, value: Any, back: Any, asked: str, saga_id: int | None = None, step_index: int | None = None
 ) -> None:
     """Refuse what would be taken for something else once it is read back.
 
     Args:
+        kind: As what it is read back.
         value: The value.
         back: What is read back of it.
         asked: What it is for.
@@ -203,7 +216,7 @@ def check_had_back(
     Raises:
         PayloadError: It holds a secret, or one of several classes that look alike in JSON.
     """
-    changed = None if _alike(value, back) else _changed_by_json(value, back)
+    changed = None if _alike(value, back) else _changed_by_json(kind, value, back)
     if changed is not None:
         raise PayloadError(
             f"{asked} of {where(saga_id, step_index)}",
@@ -231,40 +244,50 @@ def _content_of(value: Any) -> Any:
     return getattr(value, "__dict__", value)
 
 
-def _changed_by_json(value: Any, back: Any) -> str | None:
+def _changed_by_json(kind: Any, value: Any, back: Any) -> str | None:
     """What would be taken for something else; None if only plain values have become the JSON ones."""
-    pending = [(value, back)]
+    pending = [(kind, value, back)]
     while pending:
-        one, other = pending.pop()
+        said, one, other = pending.pop()
         if isinstance(one, _SECRET):
             if one != other:
                 return "it holds a secret, of which only a mask is written"
         elif _is_record(one) and _is_record(other):
-            if not isinstance(one, type(other)) and _origin_of(one) is not _origin_of(other):
-                return f"a {type(one).__name__} reads back as a {type(other).__name__}"
+            if type(one) is not type(other) and (not _is_kind_of(one, other) or _names(said, type(one))):
+                return _reads_as(one, other)
             lost = _lost(one, other)
             if lost is not None:
                 return f"the {lost!r} of a {type(one).__name__} is not read back"
-            pending.extend((item, getattr(other, name, None)) for name, item in _items_of(one))
+            pending.extend((_said_of(other, name), item, getattr(other, name, None)) for name, item in _items_of(one))
         elif isinstance(one, bytes) and isinstance(other, bytes):
             if one != other:
                 return "its bytes are written in one way, and read in another"
         elif isinstance(one, Enum) and isinstance(other, Enum):
-            if type(one) is not type(other):
-                return f"a {type(one).__name__} reads back as a {type(other).__name__}"
+            if one is not other:
+                return _reads_as(one, other)
+        elif isinstance(one, _TIMES) and type(one) is type(other):
+            if one != other:
+                return _reads_as(one, other)
+        elif isinstance(other, float) and isinstance(one, int) and not math.isfinite(other):
+            return "a number is too large for a float"
         elif isinstance(one, set | frozenset | deque):
             kept = isinstance(other, set | frozenset | deque)
             if one != other and any(isinstance(item, _SECRET) or (kept and _is_more(item)) for item in one):
                 return f"what a {type(one).__name__} holds reads back as something else"
         elif _is_record(one) and isinstance(other, dict):
-            pending.extend((item, other.get(name)) for name, item in _items_of(one))
+            pending.extend((said, item, other.get(name)) for name, item in _items_of(one))
         elif isinstance(one, dict) and isinstance(other, dict):
             if len(one) != len(other) or any(isinstance(key, bytes) and key not in other for key in one):
                 return "the keys of a dict are not read back as they are"
-            pending.extend(zip(one.values(), other.values(), strict=True))
+            pending.extend((said, *items) for items in zip(one.values(), other.values(), strict=True))
         elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
-            pending.extend(zip(one, other, strict=False))
+            pending.extend((said, *items) for items in zip(one, other, strict=False))
     return None
+
+
+def _reads_as(one: Any, other: Any) -> str:
+    name, read = type(one).__name__, type(other).__name__
+    return f"a {name} reads back as {'another one' if type(one) is type(other) else f'a {read}'}"
 
 
 def _lost(one: Any, other: Any) -> str | None:
@@ -282,7 +305,7 @@ def _is_read(one: Any, other: Any, name: str) -> bool:
         return False
     of_one, of_other = (getattr(each, "__pydantic_fields__", None) for each in (type(one), kind))
     if of_one is None or of_other is None:
-        return is_dataclass(other)
+        return is_dataclass(other) and not _is_default(other, name)
     field, held = of_one.get(name), of_other.get(name)
     if field is None and held is None:
         return name in (getattr(other, "__pydantic_extra__", None) or {})
@@ -304,10 +327,46 @@ def _is_more(value: Any) -> bool:
     return _is_record(value) or isinstance(value, bytes | Enum)
 
 
+def _is_default(record: Any, name: str) -> bool:
+    """Whether a field of a plain dataclass holds what it holds if nothing is read into it."""
+    field = next(field for field in fields(record) if field.name == name)
+    default = field.default if field.default_factory is MISSING else field.default_factory()
+    return bool(getattr(record, name, None) == default)
+
+
+def _is_kind_of(one: Any, other: Any) -> bool:
+    """Whether a record is of the other one's class, or of the same generic one with other parameters."""
+    return isinstance(one, type(other)) or _origin_of(one) is _origin_of(other)
+
+
 def _origin_of(value: Any) -> Any:
     """The class of a value; of a generic model, whatever its parameters are, the generic one."""
     described = getattr(type(value), "__pydantic_generic_metadata__", None)
     return (described and described["origin"]) or type(value)
+
+
+def _names(annotation: Any, kind: type[Any]) -> bool:
+    """Whether an annotation names a class, and so tells it from others."""
+    pending, seen = [annotation], set[int]()
+    while pending:
+        one = pending.pop()
+        if one is kind:
+            return True
+        if id(one) not in seen:  # an alias may name itself
+            seen.add(id(one))
+            pending += [*get_args(one), getattr(one, "__value__", None), getattr(one, "__supertype__", None)]
+    return False
+
+
+def _said_of(record: Any, name: str) -> Any:
+    """A field's annotation."""
+    described = getattr(type(record), "__pydantic_fields__", {}).get(name)
+    if described is not None:
+        return described.annotation
+    try:
+        return get_type_hints(type(record)).get(name)
+    except Exception:  # a name that cannot be looked up from here
+        return None
 
 
 def _is_record(value: Any) -> bool:

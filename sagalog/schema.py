@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from sagalog.errors import NotASagaLog, SchemaMissing, SchemaOutOfDate, SchemaTooNew
 
-REVISIONS: Final = ("sagalog_0001", "sagalog_0002", "sagalog_0003")
+REVISIONS: Final = ("sagalog_0001", "sagalog_0002", "sagalog_0003", "sagalog_0004")
 BASE: Final = REVISIONS[0]
 HEAD: Final = REVISIONS[-1]
 VERSION_TABLE: Final = "sagalog_version"

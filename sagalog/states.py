@@ -113,6 +113,10 @@ OUTSTANDING: Final[dict[SagaState, tuple[StepState, ...]]] = {
 """A saga may not end in the key while a step is in one of the values."""
 
 
+OWNER: Final = (Actor.SAGA, Actor.RECOVERY)
+"""What whoever owns a saga may do with it."""
+
+
 def saga_sources(target: SagaState, *by: Actor) -> tuple[SagaState, ...]:
     """The states from which `by` (all but an operator's settling, if none is named) may move to `target`."""
     actors = by or (Actor.SAGA, Actor.RECOVERY, Actor.RETRY)

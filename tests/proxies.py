@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from contextlib import suppress
 
 import pytest
 from sqlalchemy import URL, make_url
@@ -39,6 +40,12 @@ class Proxy:
     def has_stopped(self) -> bool:
         """Wait until it lets nothing more through."""
         return self._stopped.wait(20)
+
+    def cut(self) -> None:
+        """Drop the connections that there are; others may come."""
+        for each in self._sockets.copy():  # whoever is cut off comes back at once
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
 
     def go_on(self) -> None:
         """Let everything through, what was held back as well."""

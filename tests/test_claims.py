@@ -322,7 +322,7 @@ def interrupting(number: int) -> Callable[..., Any]:
     return lambda frame, kind, _: line if Path(frame.f_code.co_filename).name in INTERRUPTED else None
 
 
-@pytest.mark.parametrize("what", ["run", "recover"])
+@pytest.mark.parametrize("what", ["run", "recover", "retry"])
 def test_a_process_interrupted_at_any_line_keeps_no_saga(sqlite_path: Path, what: str) -> None:
     """In a notebook the process lives on, and so does its lease."""
     shop, number = Shop(), 0
@@ -331,12 +331,18 @@ def test_a_process_interrupted_at_any_line_keeps_no_saga(sqlite_path: Path, what
             number += 1
             coordinator = SagaCoordinator(own_log, shop.bus)
             saga, here = reserving(coordinator), coordinator.executor_id
-            if what == "recover":
-                beginning_elsewhere(own_log, "reserving")
+            left = 0 if what == "run" else beginning_elsewhere(own_log, "reserving")
+            if what == "retry":
+                own_log.mark_failed_compensation(left, "by hand")
+            calls: dict[str, Callable[[], Any]] = {
+                "run": lambda: coordinator.run(saga, 1),  # noqa: B023
+                "recover": lambda: coordinator.recover(),  # noqa: B023
+                "retry": lambda: coordinator.retry(left, note="again", actor="ann"),  # noqa: B023
+            }
             tracing = sys.gettrace()
             sys.settrace(interrupting(number))
             try:
-                coordinator.run(saga, 1) if what == "run" else coordinator.recover()
+                calls[what]()
                 break
             except KeyboardInterrupt:
                 pass

@@ -152,7 +152,7 @@ def test_a_saga_that_is_given_up_keeps_the_time_of_what_was_sent_before(own_log:
 
 
 def test_a_step_is_not_tried_again_once_its_wait_would_outlast_its_key(stage: Stage) -> None:
-    retry = Retry(attempts=2, initial=60.0, jitter=0.0, within=timedelta(seconds=30))
+    retry = Retry(attempts=2, initial=60.0, maximum=60.0, jitter=0.0, within=timedelta(seconds=30))
     shop = Shop(stage.bus, retry=retry)
     shop.fails("charge", OSError("no answer"))
     coordinator = stage.coordinator()

@@ -6,7 +6,9 @@ import asyncio
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
@@ -22,11 +24,13 @@ from sagalog import (
     CommandBus,
     LogUnavailable,
     Retry,
+    SagaContext,
     SagaCoordinator,
     SagaLog,
     SagaOutcome,
     StepExists,
 )
+from tests.processes import until
 from tests.proxies import Proxy
 
 
@@ -140,6 +144,97 @@ def test_a_write_whose_answer_was_lost_is_told_as_unknown_and_can_be_repeated(po
     proxy.cuts_answers = False
     log.terminate(1, SagaOutcome.completed())
     assert SagaLog(direct).get(1).state == "completed"
+    through.dispose()
+    direct.dispose()
+    proxy.close()
+
+
+class HeldCommits:
+    """Inserts of sagas wait at their commit, until they may go on."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._holder = engine.connect()
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN NULL; END $$"
+            )
+            connection.exec_driver_sql(
+                "CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON saga DEFERRABLE INITIALLY DEFERRED "
+                "FOR EACH ROW EXECUTE FUNCTION wait()"
+            )
+        self._holder.exec_driver_sql("SELECT pg_advisory_lock(1)")
+        self._holder.commit()
+
+    def waiting(self) -> int:
+        with self._engine.connect() as connection:
+            return int(connection.exec_driver_sql("SELECT count(*) FROM pg_locks WHERE NOT granted").scalar_one())
+
+    def go_on(self) -> None:
+        self._holder.exec_driver_sql("SELECT pg_advisory_unlock(1)")
+        self._holder.close()
+
+
+def ordering(log: SagaLog, ran: list[int]) -> SagaCoordinator:
+    coordinator = SagaCoordinator(log, CommandBus(), on_crash="resume")
+
+    @coordinator.saga("order")
+    def order(ctx: SagaContext, number: int) -> int:
+        ran.append(number)
+        return number
+
+    return coordinator
+
+
+@pytest.mark.parametrize("asked", ["submit", "run", "create"])
+def test_a_start_that_is_sent_again_while_its_commit_is_under_way_makes_one_saga(postgres_url: str, asked: str) -> None:
+    proxy, direct, ran = Proxy(postgres_url), create_engine(postgres_url), list[int]()
+    through = create_engine(proxy.url)
+    log = SagaLog(through)
+    with ordering(log, ran) as coordinator, ThreadPoolExecutor() as pool:
+        coordinator.run("order", 0)
+        held = HeldCommits(direct)
+        calls: dict[str, Callable[[], Any]] = {
+            "submit": lambda: coordinator.submit("order", 1),
+            "run": lambda: coordinator.run("order", 1),
+            "create": lambda: log.create_saga("order", 1),
+        }
+        answer = pool.submit(calls[asked])
+        until(lambda: held.waiting() == 1)
+        proxy.cut()
+        until(lambda: held.waiting() == 2)
+        held.go_on()
+        assert answer.result() == (1 if asked == "run" else 2)
+    with ordering(SagaLog(direct), ran) as another:
+        another.recover()
+        assert [saga.saga_id for saga in another.log.find()] == [2, 1]
+    assert ran == ([0, 1] if asked == "run" else [0])
+    through.dispose()
+    direct.dispose()
+    proxy.close()
+
+
+def test_a_submitted_saga_that_ended_before_its_submit_was_answered_is_not_submitted_again(postgres_url: str) -> None:
+    proxy, direct, ran = Proxy(postgres_url), create_engine(postgres_url), list[int]()
+    through = create_engine(proxy.url)
+    with (
+        ordering(SagaLog(through), ran) as coordinator,
+        ordering(SagaLog(direct), ran) as elsewhere,
+        ThreadPoolExecutor() as pool,
+    ):
+        coordinator.run("order", 0)
+        held = HeldCommits(direct)
+        answer = pool.submit(coordinator.submit, "order", 1)
+        until(lambda: held.waiting() == 1)
+        proxy.cuts_answers = True
+        held.go_on()
+        with elsewhere.worker(poll=0.01):
+            until(lambda: elsewhere.log.counts() == {"completed": 2})
+            proxy.cuts_answers = False
+            assert answer.result() == 2
+    assert ran == [0, 1]
+    assert SagaLog(direct).counts() == {"completed": 2}
     through.dispose()
     direct.dispose()
     proxy.close()

@@ -123,11 +123,11 @@ def test_an_operations_object_does_instead_of_the_proxy(database_url: str) -> No
     with engine.begin() as connection:
         op = Operations(MigrationContext.configure(connection))
         migrations.upgrade(op, from_="base", to="sagalog_0002")
-        migrations.upgrade(op, "sagalog_0003", from_="sagalog_0002")
+        migrations.upgrade(op, HEAD, from_="sagalog_0002")
     migrations.check(engine)
     with engine.begin() as connection:
         op = Operations(MigrationContext.configure(connection))
-        migrations.downgrade(op, from_="sagalog_0003", to="sagalog_0001")
+        migrations.downgrade(op, from_=HEAD, to="sagalog_0001")
     assert migrations.current(engine) == "sagalog_0001"
     engine.dispose()
 

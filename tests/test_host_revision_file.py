@@ -121,6 +121,6 @@ def test_what_alembic_refuses_is_told_in_its_words(host: Host) -> None:
 
 def test_a_library_with_one_more_revision_writes_one_more_file(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.write()
-    monkeypatch.setattr(revision_file, "HEAD", "sagalog_0004")
-    monkeypatch.setattr(revision_file, "ENDS", (*revision_file.ENDS, "sagalog_0004"))
-    assert f'upgrade(op, from_="{HEAD}", to="sagalog_0004")' in host.write().read_text()
+    monkeypatch.setattr(revision_file, "HEAD", "sagalog_9999")
+    monkeypatch.setattr(revision_file, "ENDS", (*revision_file.ENDS, "sagalog_9999"))
+    assert f'upgrade(op, from_="{HEAD}", to="sagalog_9999")' in host.write().read_text()

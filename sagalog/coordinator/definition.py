@@ -78,8 +78,10 @@ class Definition:
         """
         if not self.takes_input and given is not None:
             self.input_of((given,))
-        if not self.takes_input or self.input_type in (NOT_SAID, Any) or self.takes_plainly(given):
+        if not self.takes_input or self.takes_plainly(given):
             return given
+        if self.input_type in (NOT_SAID, Any):
+            return decode(text, "input_json", None)
         return _had_back(self.input_type, given, text, f"{asked} of {self.name}", "input", "takes")
 
     def same_input(self, given: Any) -> Callable[[str], bool]:
@@ -92,7 +94,7 @@ class Definition:
         def is_same(text: str) -> bool:
             try:
                 return bool(self.read_input(text, 0) == given)
-            except PayloadError:
+            except Exception:  # a class of the application's that cannot be read, or compared
                 return False
 
         return is_same
@@ -108,8 +110,10 @@ class Definition:
         Raises:
             PayloadError: It does not fit the function's annotation.
         """
-        if self.returns in (NOT_SAID, Any) or self.answers_plainly(result):
+        if self.answers_plainly(result):
             return result
+        if self.returns in (NOT_SAID, Any):
+            return decode(text, "result_json", saga_id)
         return _had_back(self.returns, result, text, f"{self.name} (saga {saga_id})", "result", "returns")
 
     def read_input(self, text: str, saga_id: int) -> Any:
@@ -131,7 +135,7 @@ def _had_back(kind: Any, value: Any, text: str, asked: str, what: str, verb: str
     except PayloadError:
         problem = f"a {type(value).__name__} is no {what} of it"
         raise PayloadError(asked, problem, found=type(value).__name__, hint=f"It {verb} a {shown(kind)}.") from None
-    check_had_back(value, held, f"{asked}, the {what}")
+    check_had_back(kind, value, held, f"{asked}, the {what}")
     return held
 
 

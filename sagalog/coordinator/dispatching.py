@@ -91,7 +91,7 @@ async def dispatch(run: Run, cmd: Any) -> Any:
 
 async def dispatch_all(run: Run, commands: Iterable[Any]) -> list[Any]:
     """Do commands side by side; all are awaited, and then the failure of the first that failed is raised."""
-    if isinstance(commands, BaseModel | str | type) or run.policy.bus.takes(commands):
+    if isinstance(commands, BaseModel | str | type | set | frozenset) or run.policy.bus.takes(commands):
         raise UnusableHandler("dispatch_all", f"it was given a {type(commands).__name__}", hint="Give it a list.")
     call = run.begin_call()
     try:
@@ -137,6 +137,8 @@ def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Any, Operation[
     recorded = _recorded(run, index, handler.name, text) if run.replay else None
     if recorded is not None:
         recorded.given = cmd
+        if recorded.cmd_json != text:  # equal, and perhaps not the same
+            held = handler.read_cmd(recorded.cmd_json, run.saga_id, index)
         return recorded, held, None
     began = now_ms()
     due = due_of(handler, began)
@@ -191,8 +193,8 @@ def _recorded(run: Run, index: int, name: str, text: str) -> Step | None:
         return None
     try:
         same = step.name == name and _same(run, step, text)
-    except PayloadError as error:
-        raise run.stop(differs(run, index, str(error))) from error
+    except Exception as error:  # classes that cannot be read, or compared: nothing is guessed over
+        raise run.stop(differs(run, index, str(error) or type(error).__name__)) from error
     if same and step.state is not StepState.COMPENSATED:
         return step
     found = "is undone" if step.state is StepState.COMPENSATED else "holds another command"

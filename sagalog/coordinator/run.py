@@ -92,6 +92,7 @@ class Step:
         tries: How often its handler was called here, to an end.
         others_until: Until when a try that was begun elsewhere, in another process or thread, may be under way.
         over_until: Until when what this process sent may still land, if the log says a later moment.
+        unsent: Whether its handler was surely never called.
     """
 
     index: int
@@ -107,6 +108,7 @@ class Step:
     tries: int = 0
     others_until: int = 0
     over_until: int | None = None
+    unsent: bool = False
 
     @classmethod
     def of(cls, saga_id: int, stored: StoredStep) -> Step:
@@ -140,7 +142,7 @@ class Step:
 
     def surely_did_nothing(self, handler: Handler) -> bool:
         """Whether it changed nothing, if it is pending: the log would hold its end."""
-        return handler.does_nothing_unless_it_ends and not self.ended_inside
+        return self.unsent or (handler.does_nothing_unless_it_ends and not self.ended_inside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +328,7 @@ class Run:
     def refuse_stopped(self, *, undoing: bool = False) -> None:
         """Raise why the saga may not go on, if it may not; that its time is up never stops an undo."""
         called = being_called.get()
-        if called and any(calling.fence == self.fence and not calling.over for calling in called):
+        if called and any(calling.fence is self.fence and not calling.over for calling in called):
             raise UnusableHandler(
                 f"the context of saga {self.saga_id}",
                 "a handler of the saga calls it, whose own step has not ended",

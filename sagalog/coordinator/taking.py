@@ -23,7 +23,7 @@ from sagalog.coordinator.recover import (
 )
 from sagalog.coordinator.run import Run
 from sagalog.coordinator.saga import execute
-from sagalog.errors import LeaseLost, LogUnavailable, PayloadError
+from sagalog.errors import InvalidTransition, LeaseLost, LogUnavailable, PayloadError
 from sagalog.log import claiming, reading, reopening
 from sagalog.log.claiming import Candidate
 from sagalog.log.database import Operation
@@ -104,10 +104,22 @@ class TakingCore(Core):
         refuse_unknown(recovery, record)
         fence = Fence(saga_id, (record.epoch or 0) + 1)
         reopened = partial(reopening.reopen, fence, target, note=note, actor=actor, again=again)
-        if await self.claimed(reopened, fence):
+        try:
+            if not await self.claimed(reopened, fence):
+                raise InvalidTransition(
+                    "retry",
+                    "another call of this process gives it back",
+                    saga_id=saga_id,
+                    found=record.state,
+                    hint="get() shows how that went.",
+                )
             end = await self.owning(fence, finish_claimed, recovery, fence, self.executor.executor_id)
-            if end is not None and end.waits is not None:
-                _log.warning("saga %s (%s) waits: %s; recover() goes on with it", saga_id, record.name, end.waits)
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self.let_go(fence)
+            raise
+        if end is not None and end.waits is not None:
+            _log.warning("saga %s (%s) waits: %s; recover() goes on with it", saga_id, record.name, end.waits)
         return await Write(reading.get(saga_id))
 
     async def claimable(
@@ -156,7 +168,7 @@ class TakingCore(Core):
         except LeaseLost:
             return 0
         except BaseException as error:
-            self._pause(seen.saga_id, min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(seen.recoveries, 16)))
+            self.pause(seen.saga_id, min(_LONGEST_PAUSE_MS, _FIRST_PAUSE_MS << min(seen.recoveries, 16)))
             if not isinstance(error, Exception):
                 self.let_go(fence)
                 raise
@@ -168,7 +180,7 @@ class TakingCore(Core):
         if end.until is not None:
             self._not_before[seen.saga_id] = end.until
         elif end.waits is not None:
-            self._pause(seen.saga_id, _LONGEST_PAUSE_MS)
+            self.pause(seen.saga_id, _LONGEST_PAUSE_MS)
         report.add(seen.saga_id, seen.name, end)
         return 0 if end.waits is not None else 1  # what waits would otherwise use up every limit
 
@@ -179,7 +191,7 @@ class TakingCore(Core):
         try:
             return await self.claimed(claim, fence, wanted)
         except LogUnavailable as error:
-            self._pause(fence.saga_id, _FIRST_PAUSE_MS)  # a worker would come back to it at once
+            self.pause(fence.saga_id)  # a worker would come back to it at once
             if error.found != LOCK_HELD:
                 raise
             return None
@@ -212,7 +224,8 @@ class TakingCore(Core):
         _forget_past(self._pauses, _steady_ms())
         return set(self._pauses)
 
-    def _pause(self, saga_id: int, milliseconds: int) -> None:
+    def pause(self, saga_id: int, milliseconds: int = _FIRST_PAUSE_MS) -> None:
+        """A worker leaves a saga alone for so long."""
         self._pauses[saga_id] = _steady_ms() + milliseconds
 
     async def _left_over(self, most: int, busy: Set[int]) -> list[Job]:
@@ -256,7 +269,7 @@ class TakingCore(Core):
         except PayloadError as error:
             # A process of the version that submitted it can run it.
             _log.warning("saga %s (%s) stays submitted: %s", seen.saga_id, seen.name, error)
-            self._pause(seen.saga_id, _LONGEST_PAUSE_MS)
+            self.pause(seen.saga_id, _LONGEST_PAUSE_MS)
             return None
         deadline = deadline_of(definition)
         fence = Fence(seen.saga_id, seen.epoch + 1)

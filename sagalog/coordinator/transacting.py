@@ -176,6 +176,7 @@ class _Transaction:
         self._turn: Holding | None = None
         self._connection: Connection | None = None
         self._driver: Any = None
+        self._is_rolled_back = self._is_ended_inside = False
         self._listened: list[tuple[object, str, Callable[..., None]]] = []
 
     def begin(self) -> None:
@@ -194,6 +195,8 @@ class _Transaction:
         self._caller.enter(connection, _COMMIT)
         connection.exec_driver_sql(f"SAVEPOINT {_MARK}")
         self._connection = connection
+        self._is_rolled_back = False
+        self._listen(connection, "rollback", self._look_before_rollback)
         if connection.dialect.driver == "aiosqlite" and self._driver is None:
             self._listen(connection.engine.pool, "invalidate", self._roll_back_what_was_cut_off)
             self._driver = connection.connection.dbapi_connection
@@ -236,6 +239,7 @@ class _Transaction:
             self._session.flush()
             while (nested := self._session.get_nested_transaction()) is not None:
                 nested.commit()  # left open: as their outer one's commit would
+            self._session.connection()  # refused after a flush that failed, if the handler went on all the same
         except Exception as error:
             raise self.told(error) from error
         try:
@@ -257,14 +261,24 @@ class _Transaction:
     def _look_for_mark(self, statement: str) -> None:
         connection = self._connection
         assert connection is not None
-        if connection.closed or connection.invalidated:
-            return  # rolled back
+        if self._is_ended_inside:
+            raise EndedInside(_ENDED)
+        if self._is_rolled_back or connection.invalidated:
+            return
         try:
             connection.exec_driver_sql(statement)
         except DBAPIError as error:
             if is_savepoint_missing(error):
                 raise EndedInside(_ENDED) from error
             raise
+
+    def _look_before_rollback(self, connection: Connection) -> None:
+        """SQLAlchemy is about to roll back, as it does when a flush fails: what the handler has ended it could not."""
+        try:
+            connection.exec_driver_sql(f"ROLLBACK TO SAVEPOINT {_MARK}")
+        except DBAPIError as error:
+            self._is_ended_inside = self._is_ended_inside or is_savepoint_missing(error)
+        self._is_rolled_back = True
 
     def _roll_back(self) -> None:
         """SQLAlchemy gives the connection back as it is; on SQLite a refused commit leaves its transaction open."""

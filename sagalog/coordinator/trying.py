@@ -18,7 +18,7 @@ from sagalog.errors import (
     where,
 )
 from sagalog.log import owned_steps, reading
-from sagalog.log.database import Operation
+from sagalog.log.database import Call, Database, Operation
 from sagalog.moments import now_ms
 from sagalog.payload import check_had_back, encode, printable
 from sagalog.states import StepState
@@ -66,9 +66,26 @@ def reason_of(error: BaseException) -> str:
 
 
 async def tried(
-    run: Run, handler: Handler, step: Step, cmd: Any, retry: Retry, compensates: Compensates | None = None
+    run: Run,
+    handler: Handler,
+    step: Step,
+    cmd: Any,
+    retry: Retry,
+    compensates: Compensates | None = None,
+    *,
+    repeats: bool = False,
 ) -> Outcome:
-    """Call a step's handler until its outcome is known, or its tries are used up."""
+    """Call a step's handler until its outcome is known, or its tries are used up.
+
+    Args:
+        run: The saga.
+        handler: Of the command.
+        step: Its row.
+        cmd: The command.
+        retry: How often, and how long.
+        compensates: What it undoes, if it is an undo.
+        repeats: Whether it may have been sent before, and nobody has asked for it to be sent again.
+    """
     attempt, stretched = 1, 1
     key = run.key_of(step.index) if compensates is None else f"{compensates.idempotency_key}:undo"
     transactional = handler.transactional
@@ -84,6 +101,8 @@ async def tried(
             await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
             stretched *= 2
             now = now_ms()
+        if (attempt > 1 or repeats) and not may_try(step, retry):  # writes take time, and a process may sleep
+            return Doubt(step.error or "it is too old to be tried again under its key", None)
         info = Info(run.saga_id, step.index, attempt, now + left, left / 1000, key, compensates)
         ending = _Ending(run, handler, step, undo=compensates is not None) if transactional else None
         try:
@@ -112,7 +131,7 @@ async def tried(
         except Exception as error:
             if isinstance(error, handler.rejects) and not isinstance(error, OutOfTime):
                 return Refused(reason_of(error), error)
-            if isinstance(error, LeaseLost) and error.saga_id == run.saga_id:
+            if ending is not None and error is ending.lost:
                 raise run.stop(error) from None
             given_up = error if isinstance(error, LogUnavailable) else None  # by the database, so it is tried again
             did_nothing = handler.read_only or (transactional and not (given_up is not None and given_up.unknown))
@@ -170,7 +189,7 @@ def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
         value = [] if handler.signature.returns_list else None  # the log does not tell one from the other
     elif not handler.signature.answers_plainly(value):
         back = handler.read_output(text, run.saga_id, step.index)
-        check_had_back(value, back, f"answer of {handler.name}", run.saga_id, step.index)
+        check_had_back(handler.signature.returns, value, back, f"answer of {handler.name}", run.saga_id, step.index)
         value = back
     return Succeeded(value, text)
 
@@ -189,7 +208,7 @@ def as_held(run: Run, handler: Handler, cmd: Any, index: int, asked: str) -> tup
     except PayloadError:
         problem = f"a {type(cmd).__name__} cannot be read back from what the log would hold of it"
     else:
-        check_had_back(cmd, held, asked, run.saga_id, index)
+        check_had_back(handler.cmd_type, cmd, held, asked, run.saga_id, index)
         return text, held
     raise PayloadError(
         f"{asked} of {where(run.saga_id, index)}",
@@ -214,19 +233,35 @@ async def _note_doubt(run: Run, handler: Handler, step: Step, error: BaseExcepti
 
 
 class _Ending:
-    """Makes what commits with a transactional handler's writes; of its answer as it is before that commit."""
+    """Makes what commits with a transactional handler's writes; of its answer as it is before that commit.
+
+    Attributes:
+        answer: What the handler returned.
+        lost: The refusal of its commit, if the saga is another process's.
+    """
 
     answer: Succeeded
+    lost: LeaseLost | None
 
     def __init__(self, run: Run, handler: Handler, step: Step, *, undo: bool) -> None:
         self._end = owned_steps.end_undo_once if undo else owned_steps.finish_step_once
         self._run = run
         self._handler = handler
         self._step = step
+        self.lost = None
 
     def __call__(self, value: Any) -> Operation[None]:
         self.answer = _answer(self._run, self._handler, self._step, value)
-        return self._end(self._run.fence, self._step.index, self.answer.text)
+        end = self._end(self._run.fence, self._step.index, self.answer.text)
+
+        def run(db: Database) -> None:
+            try:
+                end.run(db)
+            except LeaseLost as lost:  # one out of the handler itself is of some other saga, of some other log perhaps
+                self.lost = lost
+                raise
+
+        return Call(end.asked, end.kind, run, end.saga_id, end.step_index)
 
 
 def retry_of(handler: Handler) -> Retry:
@@ -299,7 +334,8 @@ async def known(run: Run, handler: Handler, step: Step, cmd: Any, *, forward: bo
         outcome: Outcome = Refused(step.error or "its process died before it was done", None)
     elif did_nothing or (step.tries == 0 and (run.again or _may_be_tried(step, retry))):
         await begin_again(run, handler, step)
-        outcome = await tried(run, handler, step, cmd, retry_of(handler))
+        repeats = not did_nothing and not run.again
+        outcome = await tried(run, handler, step, cmd, retry_of(handler), repeats=repeats)
     else:
         return Doubt(step.error or "its process died before its outcome was known", None)
     return outcome if isinstance(outcome, Doubt) else await end_step(run, handler, step, outcome)

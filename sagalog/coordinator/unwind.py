@@ -152,6 +152,8 @@ async def _reload(run: Run) -> None:
             if before.over_until is not None and step.state is StepState.PENDING:
                 step.deadline_at = step.over_until = before.over_until
             step.error = step.error or before.error
+        elif run.unsure and step.state is StepState.PENDING:
+            step.unsent, step.error = True, "it was cut off before it was sent"
         run.steps[step.index] = step
     run.unsure = False
 
@@ -237,7 +239,7 @@ async def _undo(run: Run, step: Step) -> None:
         handler = _undo_handler(run, derived, step)
         undo, cmd = await begin_undo(run, handler, derived, reserve(run, undone))
     try:
-        await undo_until_known(run, handler, undo, cmd, undone, joins_next=True)
+        await undo_until_known(run, handler, undo, cmd, undone, joins_next=True, repeats=begun is not None)
     except StepFailed as failure:
         raise _Blocked(f"the undo in row {undo.index} ({undo.name}) {_told(failure)}") from failure
 
@@ -285,7 +287,7 @@ def _derived(run: Run, handler: Handler, step: Step) -> Any:
     except Exception as error:
         raise _Blocked(f"{what}: {reason_of(error)}") from error
     if not run.policy.bus.takes(derived) and (
-        derived is None or isinstance(derived, type) or inspect.isawaitable(derived)
+        type(derived).__module__ == "builtins" or isinstance(derived, type) or inspect.isawaitable(derived)
     ):
         shown = "None" if derived is None else f"no command, but {derived!r:.80}"
         raise _Blocked(f"{what}: its compensation returned {printable(shown)}")
@@ -371,7 +373,14 @@ def _told(failure: StepFailed) -> str:
 
 
 async def undo_until_known(
-    run: Run, handler: Handler, undo: Step, cmd: Any, undone: Sequence[Step], *, joins_next: bool = False
+    run: Run,
+    handler: Handler,
+    undo: Step,
+    cmd: Any,
+    undone: Sequence[Step],
+    *,
+    joins_next: bool = False,
+    repeats: bool = False,
 ) -> Any:
     """Call an undo's handler; what it undid is marked with its end, which may join the next write.
 
@@ -381,7 +390,8 @@ async def undo_until_known(
     newest = max([step.index for step in undone])
     compensates = Compensates(newest, run.key_of(newest))
     try:
-        outcome = await tried(run, handler, undo, cmd, handler.retry or DEFAULT_RETRY, compensates)
+        retry = handler.retry or DEFAULT_RETRY
+        outcome = await tried(run, handler, undo, cmd, retry, compensates, repeats=repeats and not run.again)
         if isinstance(outcome, Refused):
             outcome = await fail(run, handler, undo, outcome)
     except BaseException as error:

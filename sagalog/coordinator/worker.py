@@ -139,6 +139,7 @@ class _Slots:
         if isinstance(error, SagaFailed | LeaseLost):
             _log.info("saga %s: %s", job.seen.saga_id, error)
         else:
+            self.core.pause(job.seen.saga_id)
             _log.error("saga %s (%s) raised", job.seen.saga_id, job.seen.name, exc_info=error)
 
 

@@ -26,7 +26,7 @@ from sagalog.log.statements import Statement
 from sagalog.log.statements.owned import OwnedStatements
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.payload import printable
-from sagalog.states import SagaState
+from sagalog.states import OWNER, SagaState
 
 
 def begin_saga(
@@ -89,6 +89,7 @@ def _owned_statements(db: Database) -> SagaStatements:
 
 class _BeginUndoing(MarkCompensating):
     __slots__ = ()
+    by = OWNER
 
     def run(self, db: Database) -> None:
         if db.write(db.sql.owned.begin_undoing, self._values) != 1:

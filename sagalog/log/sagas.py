@@ -17,7 +17,7 @@ from sagalog.log.statements import Statement
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.payload import MAX_SAGA_ID, Payload, check_saga_id, check_text, encode, printable, same_json
 from sagalog.records import SagaOutcome
-from sagalog.states import OUTSTANDING, SagaState, saga_sources
+from sagalog.states import OUTSTANDING, Actor, SagaState, saga_sources
 
 
 def start_saga(saga_id: int, name: str, input: Payload) -> Operation[None]:
@@ -116,16 +116,16 @@ class NewSaga:
             KeyConflict: The key was used with another input.
         """
         values = self._values
-        if self._sent:
-            for (saga_id,) in db.fetch(db.sql.saga_of_token, token_=values["token_"]):
-                return Drawn(saga_id, created=True)
-        self._sent = True
+        sent, self._sent = self._sent, True
+        if sent and (mine := self._made_before(db)):
+            return mine
         sql = self._sql(db)
         statement = sql.create_saga_postgres if db.on_postgres else sql.create_saga_sqlite
-        keyed = values["key_"] is not None  # which a transaction that is open may hold
+        keyed = values["key_"] is not None
         for _ in range(TRIES):
             values["at_"] = db.now()
-            made = db.fetch_unless_locked(statement, values) if keyed else db.fetch(statement, **values)
+            # A transaction that is open may hold the key, or be an earlier try of this one.
+            made = db.fetch_unless_locked(statement, values) if keyed or sent else db.fetch(statement, **values)
             if made:
                 db.writes += 1
                 return Drawn(made[0][0], created=True)
@@ -134,8 +134,15 @@ class NewSaga:
                     if self._is_same(found[1]):
                         return Drawn(found[0], created=found[3] == values["token_"])
                     raise KeyConflict(values["name_"], found[0], found[2])
+            if sent and (mine := self._made_before(db)):
+                return mine
             self._move_ids_on(db)
         raise LogUnavailable(self._asked, "other processes took every id it drew", hint="Repeat it.")
+
+    def _made_before(self, db: Database) -> Drawn | None:
+        for (saga_id,) in db.fetch(db.sql.saga_of_token, token_=self._values["token_"]):
+            return Drawn(saga_id, created=True)
+        return None
 
     def _is_same(self, held: str) -> bool:
         """Whether the input of the key's saga is this one."""
@@ -158,10 +165,16 @@ def _plain_statements(db: Database) -> SagaStatements:
 
 
 class Move(Decided):
-    """A move of a saga to a state."""
+    """A move of a saga to a state.
+
+    Attributes:
+        target: The state.
+        by: Whose move it is; all but an operator's settling, if none is named.
+    """
 
     __slots__ = ()
     target: ClassVar[SagaState]
+    by: ClassVar[tuple[Actor, ...]] = ()
 
     def __init_subclass__(cls) -> None:
         if hasattr(cls, "target"):  # what looks at the saga's steps locks the saga first
@@ -174,8 +187,9 @@ class Move(Decided):
         head, target, reason = head_of(db, self.asked, self.saga_id), self.target, self._values["reason_"]
         if head[1] == target and (reason is None or head[4] == reason):
             return None
-        if head[1] not in saga_sources(target):
-            return saga_refused(self.asked, self.saga_id, head[1], saga_sources(target))
+        sources = saga_sources(target, *self.by)
+        if head[1] not in sources:
+            return saga_refused(self.asked, self.saga_id, head[1], sources)
         return steps_in_the_way(db, self.asked, self.saga_id, target, head[1]) or Changed()
 
 

@@ -70,7 +70,7 @@ def upgrade(
     library upgraded is left as it is, if it allows this library.
 
     Inside a host's own Alembic revision it takes the host's `op` and two ends,
-    ``upgrade(op, from_="base", to="sagalog_0003")``: it joins the host's
+    ``upgrade(op, from_="base", to="sagalog_0004")``: it joins the host's
     transaction, or prints SQL in the host's offline mode. There a database that
     is not between these ends is refused, a newer one too.
 

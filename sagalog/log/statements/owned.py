@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, and_, case, exists, func, literal_column, 
 from sagalog.log.statements.clause import Greater, Statement, bind, literal, one_of
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.log.statements.steps import StepStatements
-from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, Actor, SagaState, StepState, step_sources
+from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, OWNER, Actor, SagaState, StepState, step_sources
 
 
 class OwnedStatements(SagaStatements, StepStatements):
@@ -52,7 +52,12 @@ class OwnedStatements(SagaStatements, StepStatements):
     @cached_property
     def mark_compensating(self) -> Statement:
         """With the reason, which recovery would not know."""
-        return Statement(self._move_saga(SagaState.COMPENSATING, failure_reason=bind("reason_"), terminal_at=null()))
+        moved = self._move_saga(SagaState.COMPENSATING, *OWNER, failure_reason=bind("reason_"), terminal_at=null())
+        return Statement(moved)
+
+    @cached_property
+    def mark_failed_compensation(self) -> Statement:
+        return Statement(self._fail_compensation())
 
     @cached_property
     def begin_undoing(self) -> Statement:

@@ -16,13 +16,14 @@ from sqlalchemy import (
     literal_column,
     null,
     select,
+    true,
     update,
 )
 
 from sagalog.log.statements.clause import BIGINT, TEXT, Greater, Statement, bind, insert_into, literal, one_of
 from sagalog.log.statements.tables import Tables
 from sagalog.payload import MAX_SAGA_ID
-from sagalog.states import ATTENTION, CANCELLABLE, UNRESOLVED, SagaState
+from sagalog.states import CANCELLABLE, SagaState
 
 HIGHEST_PRUNED = "highest_pruned_saga_id"
 _LARGEST = literal_column(str(MAX_SAGA_ID), BIGINT)
@@ -102,35 +103,32 @@ class SagaStatements(Tables):
 
     @cached_property
     def saga_of_token(self) -> Statement:
-        """A saga that has not ended, by its random token: an insert of one's own whose answer was lost."""
-        c = self.saga.c
-        open_, waiting = (
-            select(c.saga_id).where(one_of(states, c.state), c.token == bind("token_"))
-            for states in (UNRESOLVED, ATTENTION)
-        )
-        return Statement(open_.union_all(waiting))
+        """A saga by its random token: an insert of one's own whose answer was lost."""
+        return Statement(select(self.saga.c.saga_id).where(self.saga.c.token == bind("token_")))
 
     # Moving
 
+    def _nobodys(self, also: ColumnElement[bool]) -> dict[str, Any]:
+        """A coordinator's saga is taken from its process, which may live: a person gives it back, or keeps it."""
+        c = self.saga.c
+        taken = and_(c.epoch > literal_column("0"), also)
+        return {
+            "executor_id": case((taken, null()), else_=c.executor_id),
+            "epoch": case((taken, c.epoch + literal_column("1")), else_=c.epoch),
+        }
+
     @cached_property
     def mark_compensating(self) -> Statement:
-        # A coordinator's saga that a person gives back is nobody's: its process, if it lives, does not work on it.
-        c = self.saga.c
-        given_back = and_(c.state == literal(SagaState.FAILED_COMPENSATION), c.epoch > literal_column("0"))
-        return Statement(
-            self._move_saga(
-                SagaState.COMPENSATING,
-                terminal_at=null(),
-                executor_id=case((given_back, null()), else_=c.executor_id),
-                epoch=case((given_back, c.epoch + literal_column("1")), else_=c.epoch),
-            )
-        )
+        nobodys = self._nobodys(self.saga.c.state == literal(SagaState.FAILED_COMPENSATION))
+        return Statement(self._move_saga(SagaState.COMPENSATING, terminal_at=null(), **nobodys))
 
     @cached_property
     def mark_failed_compensation(self) -> Statement:
-        return Statement(
-            self._move_saga(SagaState.FAILED_COMPENSATION, failure_reason=bind("reason_"), terminal_at=bind("at_"))
-        )
+        return Statement(self._fail_compensation(**self._nobodys(true())))
+
+    def _fail_compensation(self, **also: Any) -> Any:
+        values = {"failure_reason": bind("reason_"), "terminal_at": bind("at_"), **also}
+        return self._move_saga(SagaState.FAILED_COMPENSATION, **values)
 
     @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def terminate(self, target: SagaState) -> Statement:

@@ -17,8 +17,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    sagalog.migrations.upgrade(op, from_="base", to="sagalog_0003")
+    sagalog.migrations.upgrade(op, from_="base", to="sagalog_0004")
 
 
 def downgrade() -> None:
-    sagalog.migrations.downgrade(op, from_="sagalog_0003", to="base")
+    sagalog.migrations.downgrade(op, from_="sagalog_0004", to="base")
