@@ -16,6 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, inspect, text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import StaticPool
 from sqlalchemy.schema import CreateIndex
@@ -442,6 +443,27 @@ def test_plain_alembic_works_in_a_checkout(tmp_path: Path) -> None:
     alembic("upgrade", "head")
     with SagaLog.open(tmp_path / "sagas.db", migrate=False) as log:
         assert log.counts() == {}
+
+
+def test_sagas_of_one_token_get_one_each(database_url: str) -> None:
+    """An earlier library could make two sagas of one start; no third one can be made."""
+    engine = create_engine(database_url)
+    migrations.upgrade(engine, "sagalog_0003")
+    insert = text(
+        "INSERT INTO saga (saga_id, name, state, started_at, input_json, token) "
+        "VALUES (:id, 'order', 'running', 1, 'null', :token)"
+    )
+    with engine.begin() as connection:
+        for saga_id, token in ((1, "a"), (2, "a"), (3, None), (4, None), (5, "b")):
+            connection.execute(insert, {"id": saga_id, "token": token})
+    migrations.upgrade(engine)
+    assert [SagaLog(engine).get(saga_id).token for saga_id in range(1, 6)] == ["a", "a-2", None, None, "b"]
+    with engine.connect() as connection, pytest.raises(IntegrityError):
+        connection.execute(insert, {"id": 6, "token": "b"})
+    migrations.downgrade(engine, "sagalog_0003")
+    with engine.begin() as connection:
+        connection.execute(insert, {"id": 6, "token": "b"})
+    engine.dispose()
 
 
 def test_open_without_migrate_only_checks(tmp_path: Path) -> None:

@@ -133,7 +133,12 @@ async def _together(run: Run, commands: list[Any]) -> list[Any]:
 def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Any, Operation[None] | None]:
     """The next step, its command as the log holds it, and the write that begins it if the log does not hold it yet."""
     index = run.take_index()
-    text, held = as_held(run, handler, cmd, index, f"dispatch of {handler.name}")
+    try:
+        text, held = as_held(run, handler, cmd, index, f"dispatch of {handler.name}")
+    except PayloadError as error:
+        if index in run.replay:  # no reason to take another way than the log holds
+            raise run.stop(differs(run, index, str(error))) from error
+        raise
     recorded = _recorded(run, index, handler.name, text) if run.replay else None
     if recorded is not None:
         recorded.given = cmd
