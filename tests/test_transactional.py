@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel
@@ -25,6 +25,7 @@ from sagalog import (
     SagaLog,
     StepFailed,
     StepInfo,
+    StepRejected,
     UnusableHandler,
 )
 from sagalog.coordinator.effects import Invoke
@@ -308,6 +309,93 @@ def test_a_transactional_handler_cannot_commit_by_its_connection(migrated_url: s
     engine.dispose()
 
 
+class Base(DeclarativeBase):
+    """The application's."""
+
+
+class NoteRow(Base):
+    __tablename__ = "note"
+    body: Mapped[str] = mapped_column(primary_key=True)
+
+
+@pytest.mark.parametrize("then", ["rejects", "raises", "returns", "returns at once"])
+@pytest.mark.parametrize("undo", [False, True], ids=["forward", "undo"])
+def test_a_transactional_handler_whose_flush_failed_did_nothing(stage: Stage, then: str, undo: bool) -> None:
+    """A flush that fails rolls the whole transaction back by itself."""
+    stage.sql("CREATE TABLE note (body TEXT PRIMARY KEY)")
+    stage.sql("INSERT INTO note VALUES ('there')")
+    tries: list[str] = []
+
+    def trouble(error: IntegrityError) -> None:
+        if then == "rejects":
+            raise StepRejected("it is there")
+        if then == "raises":
+            raise error
+
+    def body() -> str:
+        tries.append("try")
+        return "there" if len(tries) == 1 else "new"
+
+    if stage.asynchronous:
+
+        async def act(session: Any) -> None:
+            session.add(NoteRow(body=body()))
+            if then != "returns at once":
+                try:
+                    await session.flush()
+                except IntegrityError as error:
+                    trouble(error)
+
+        async def ado_reserve(cmd: Reserve, session: AsyncSession) -> None:
+            await act(session)
+
+        async def ado_release(cmd: Release, session: AsyncSession) -> None:
+            await act(session)
+
+        do: Any = ado_release if undo else ado_reserve
+    else:
+
+        def act_now(session: Session) -> None:
+            session.add(NoteRow(body=body()))
+            if then != "returns at once":
+                try:
+                    session.flush()
+                except IntegrityError as error:
+                    trouble(error)
+
+        def do_reserve(cmd: Reserve, session: Session) -> None:
+            act_now(session)
+
+        def do_release(cmd: Release, session: Session) -> None:
+            act_now(session)
+
+        do = do_release if undo else do_reserve
+
+    how: dict[str, Any] = {"transactional": True, "retry": Retry(attempts=3, initial=0.0), "settle": 0.0}
+    stage.bus.handler(**(how if undo else {**how, "pivot": True}))(do)
+    if undo:
+
+        @stage.bus.handler
+        def plainly(cmd: Reserve) -> None:
+            """Nothing."""
+
+        stage.bus.compensation(Reserve)(lambda cmd, output: Release())
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("reserving")
+    def saga(ctx: Any) -> None:
+        ctx.dispatch(Reserve())
+        raise ValueError("undo it")
+
+    with pytest.raises(SagaFailed) as failure:
+        coordinator.run("reserving")
+    again = undo and then != "rejects"  # an undo is tried again, whatever it raised
+    assert (failure.value.outcome, len(tries)) == (
+        ("failed_compensation", 1) if undo and then == "rejects" else ("compensated", 2 if again else 1)
+    )
+    assert sorted(notes(stage)) == (["new", "there"] if again else ["there"])
+
+
 # A handler that ends its transaction itself
 
 
@@ -316,6 +404,7 @@ class Sneak(Command[None]):
 
     statement: str
     raises: bool = False
+    also: Literal["", "rollback", "close"] = ""
 
 
 def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
@@ -328,6 +417,8 @@ def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
             tries.append(cmd)
             await session.execute(insert)
             await session.execute(text(cmd.statement))
+            if cmd.also:
+                await getattr(session, cmd.also)()
             if cmd.raises:
                 raise ValueError("after all")
             await session.execute(insert)
@@ -338,6 +429,8 @@ def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
             tries.append(cmd)
             session.execute(insert)
             session.execute(text(cmd.statement))
+            if cmd.also:
+                getattr(session, cmd.also)()
             if cmd.raises:
                 raise ValueError("after all")
             session.execute(insert)
@@ -352,11 +445,12 @@ def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
 
 
 @pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
-def test_a_step_whose_handler_commits_by_a_statement_is_in_doubt(stage: Stage, raises: bool) -> None:
+@pytest.mark.parametrize("also", ["", "rollback", "close"])
+def test_a_step_whose_handler_commits_by_a_statement_is_in_doubt(stage: Stage, raises: bool, also: Any) -> None:
     tries: list[Any] = []
     coordinator = sneaking(stage, tries)
     with pytest.raises(SagaFailed, match="ended by SQL of its own") as failure:
-        coordinator.run("sneaks", Sneak(statement="COMMIT", raises=raises))
+        coordinator.run("sneaks", Sneak(statement="COMMIT", raises=raises, also=also))
     assert failure.value.outcome == "failed_compensation"
     record = stage.log.get(failure.value.saga_id)
     assert [step.state for step in record.steps] == ["pending"]
