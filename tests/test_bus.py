@@ -345,6 +345,8 @@ def test_what_a_context_cannot_use_is_told_in_words() -> None:
                 ctx.dispatch(Refund)
             with pytest.raises(UnusableHandler, match="undoes= is a Refund"):
                 ctx.compensate(Refund(amount=1), undoes=Refund(amount=1))  # type: ignore[arg-type]
+            with pytest.raises(UnusableHandler, match="given a set"):
+                ctx.dispatch_all({Plain()})  # type: ignore[arg-type]
 
         coordinator.run(order)
 

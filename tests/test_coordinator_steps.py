@@ -15,6 +15,7 @@ from sagalog import (
     AsyncSagaCoordinator,
     AsyncSagaLog,
     CommandBus,
+    LeaseLost,
     Retry,
     SagaCoordinator,
     SagaFailed,
@@ -297,9 +298,15 @@ def test_a_handler_cannot_go_on_with_its_saga(stage: Stage, how: str) -> None:
     assert stage.states() == [("Charge", "failed")]
 
 
-def test_a_handler_may_run_another_saga(own_log: SagaLog) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["of its log", "of another log, of the same id"])
+def test_a_handler_may_run_another_saga(own_log: SagaLog, elsewhere: bool) -> None:
     bus = CommandBus()
-    with SagaCoordinator(own_log, bus) as coordinator:
+    with (
+        SagaCoordinator(own_log, bus) as coordinator,
+        SagaLog.open_in_memory() as other_log,
+        SagaCoordinator(other_log, bus) as another,
+    ):
+        inside = another if elsewhere else coordinator
 
         @bus.handler(read_only=True)
         def look(cmd: Charge) -> int:
@@ -307,9 +314,9 @@ def test_a_handler_may_run_another_saga(own_log: SagaLog) -> None:
 
         @bus.handler(pivot=True)
         def run(cmd: Reserve) -> int:
-            return int(coordinator.run("inner"))
+            return int(inside.run("inner"))
 
-        @coordinator.saga("inner")
+        @inside.saga("inner")
         def inner(ctx: Any) -> int:
             return int(ctx.dispatch(Charge()))
 
@@ -318,6 +325,22 @@ def test_a_handler_may_run_another_saga(own_log: SagaLog) -> None:
             return int(ctx.dispatch(Reserve()))
 
         assert coordinator.run(outer) == 7
+
+
+def test_a_saga_of_another_log_that_a_handler_lost_is_not_its_own(stage: Stage) -> None:
+    @stage.bus.handler(pivot=True)
+    def charge(cmd: Charge, step: StepInfo) -> None:
+        raise LeaseLost("finish_step", step.saga_id, epoch=1, found=2)
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("charges")
+    def charges(ctx: Any) -> None:
+        ctx.dispatch(Charge())
+
+    with pytest.raises(SagaFailed, match="in doubt: LeaseLost"):
+        coordinator.run("charges")
+    assert stage.log.get(1).state == "failed_compensation"
 
 
 def test_a_task_that_a_handler_began_may_dispatch_once_the_handler_has_returned(sqlite_path: Path) -> None:

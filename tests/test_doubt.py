@@ -162,6 +162,27 @@ def test_a_step_is_not_tried_again_once_its_wait_would_outlast_its_key(stage: St
     assert shop.calls == ["reserve", "charge"]
 
 
+def test_nothing_is_sent_again_once_writing_that_took_longer_than_its_key_lasts(own_log: SagaLog) -> None:
+    def reserve(step: StepInfo) -> Done:
+        raise Killed
+
+    shop = Lamps(reserve=reserve, retry=Retry(attempts=2, initial=0.0, within=timedelta(seconds=1)), settle=0.0)
+
+    def slowly(effect: Any, answer: Any) -> Any:
+        answered = answer(effect)
+        if isinstance(effect, Write) and effect.operation.asked == "doubt_step":
+            time.sleep(1.1)
+        return answered
+
+    with SagaCoordinator(own_log, shop.bus) as coordinator, pytest.raises(Killed):
+        coordinator.run(reserving(coordinator), 1)
+    with SagaCoordinator(own_log, shop.bus, on_crash="resume") as another:
+        reserving(another)
+        another.interpose = slowly
+        assert list(another.recover().failed_compensation) == [1]
+    assert shop.verbs == ["reserve"]
+
+
 def test_the_first_of_several_in_doubt_is_told(own_log: SagaLog) -> None:
     bus, second_is_over, told = CommandBus(), threading.Event(), list[int | None]()
 

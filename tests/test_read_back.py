@@ -35,6 +35,7 @@ from tests.payloads import (
     Receipt,
     Red,
     Shelf,
+    Undo,
     asking,
     returning,
 )
@@ -55,6 +56,10 @@ class Partly(BaseModel):
 MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
 
 
+class Plain(Card):
+    """Of a class that nothing names, and that holds no more than the one that is named."""
+
+
 @pytest.mark.parametrize(
     ("answer", "returns", "held"),
     [
@@ -68,7 +73,9 @@ MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
         (None, list[One] | None, []),
         (Page(items=[1]), Page[int], Page[int](items=[1])),
         (7, int, 7),
+        (7, Annotated[int, {"of": "a box"}], 7),
         (MOMENT, datetime, MOMENT),
+        (Plain(number="1"), Card, Card(number="1")),
     ],
     ids=str,
 )
@@ -87,6 +94,33 @@ def test_an_answer_is_from_the_first_try_on_what_the_log_gives_back(
         coordinator.run("asks")
     assert failure.value.outcome == "compensated"
     assert (answers, undone) == ([held], [held])
+
+
+class Approved(BaseModel):
+    number: int
+
+
+class Declined(BaseModel):
+    number: int
+
+
+def test_of_classes_that_look_alike_the_first_that_is_named_is_read_whatever_was_read_before() -> None:
+    bus, answers = CommandBus(), list[Any]()
+    first, second = Approved(number=1), Declined(number=2)
+    bus.handler(pivot=True)(answering(first, Approved | Declined))
+
+    def other(cmd: Undo) -> Declined | Approved:
+        return second
+
+    bus.handler(pivot=True)(other)
+    with SagaLog.open_in_memory() as log, SagaCoordinator(log, bus) as coordinator:
+
+        @coordinator.saga("asks")
+        def asks(ctx: Any) -> None:
+            answers.extend([ctx.dispatch(Ask()), ctx.dispatch(Undo())])
+
+        coordinator.run(asks)
+    assert answers == [first, second]
 
 
 class Word(StrEnum):

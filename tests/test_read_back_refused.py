@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from decimal import Decimal
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar
 
 import pytest
 from pydantic import (
@@ -39,6 +41,12 @@ from tests.payloads import (
     returning,
 )
 from tests.troubled import Ask, One, answering
+
+T = TypeVar("T")
+
+
+class Page(BaseModel, Generic[T]):
+    items: list[T]
 
 
 class Required(BaseModel):
@@ -75,8 +83,9 @@ class Secret(BaseModel):
         (Renamed(word="hello"), Renamed),
         (Computed(), Computed),
         (Pair.ONE, Pair),
+        (Page[Giro](items=[]), Page[Card] | Page[Giro]),
     ],
-    ids=["two where one is said", "excluded", "renamed", "computed", "enum of tuples"],
+    ids=["two where one is said", "excluded", "renamed", "computed", "enum of tuples", "generic of another"],
 )
 def test_an_answer_that_the_log_cannot_give_back_is_in_doubt_and_nothing_goes_on(
     stage: Stage, answer: Any, returns: Any
@@ -157,7 +166,7 @@ def test_an_undo_that_the_log_cannot_give_back_is_left_to_a_person(stage: Stage)
     assert failure.value.outcome == "failed_compensation"
 
 
-@pytest.mark.parametrize("derived", [Undo, None], ids=["a class", "None"])
+@pytest.mark.parametrize("derived", [Undo, None, [Undo()]], ids=["a class", "None", "a list"])
 def test_a_compensation_that_gives_no_command_leaves_the_saga_to_a_person(stage: Stage, derived: Any) -> None:
     @stage.bus.handler
     def ask(cmd: Ask) -> None:
@@ -226,6 +235,40 @@ def counted(count: int) -> Counted:
     return made
 
 
+class Unit(Enum):
+    NUMBER = Decimal(1)
+    TEXT = "1"
+
+
+class Weighed(BaseModel):
+    unit: Unit
+
+
+class Paid(BaseModel):
+    number: int
+
+
+class Declined(Paid):
+    """Looks like what it derives from."""
+
+
+class Settled(BaseModel):
+    by: Paid | Declined
+
+
+@dataclass
+class Aliased:
+    pence: Annotated[int, Field(alias="amount")] = 0
+
+
+class Exactly(BaseModel):
+    number: float
+
+
+class Holding(BaseModel):
+    at: datetime
+
+
 @pytest.mark.parametrize(
     ("payload", "words"),
     [
@@ -244,6 +287,11 @@ def counted(count: int) -> Counted:
         (Shelf(secrets={SecretStr("x")}), "what a set holds"),
         (Open.model_validate({"password": SecretStr("x")}), "only a mask"),
         (Marked(mark=Blue.ONE), "a Blue reads back as a Red"),
+        (Weighed(unit=Unit.NUMBER), "a Unit reads back as another one"),
+        (Settled(by=Declined(number=1)), "a Declined reads back as a Paid"),
+        (Aliased(pence=500), "the 'pence' of a Aliased is not read back"),
+        pytest.param(Exactly.model_construct(number=10**400), "a number is too large for a float", id="no float"),
+        (Holding(at=datetime(2026, 1, 2, tzinfo=timezone(timedelta(seconds=15)))), "a datetime reads back as another"),
     ],
     ids=repr,
 )

@@ -8,6 +8,7 @@ import pytest
 
 from sagalog import (
     InvalidTransition,
+    LeaseLost,
     Retry,
     SagaFailed,
     StepRejected,
@@ -144,6 +145,26 @@ def test_a_saga_of_the_log_alone_stays_one_when_a_person_settles_its_step(stage:
 
     (left,) = coordinator.recover().left
     assert (left.saga_id, "adopt=True" in left.reason) == (1, True)
+
+
+def test_a_saga_that_somebody_gives_to_a_person_is_not_undone_by_the_process_that_runs_it(stage: Stage) -> None:
+    shop = Shop(stage.bus)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("order")
+    def order(ctx: Any) -> None:
+        ctx.dispatch(Reserve(sku="book"))
+        for _ in range(2):  # what may be repeated
+            stage.log.mark_failed_compensation(ctx.saga_id, "a person looks at it")
+        raise ValueError("undo it")
+
+    with pytest.raises(LeaseLost):
+        coordinator.run("order")
+    record = stage.log.get(1)
+    assert (record.state, record.failure_reason) == ("failed_compensation", "a person looks at it")
+    assert shop.calls == ["reserve"]
+    assert coordinator.retry(1, note="undo it", actor="ann").state == "compensated"
+    assert shop.calls == ["reserve", "release"]
 
 
 def test_a_retry_that_meets_the_same_trouble_does_not_say_it_again(stage: Stage) -> None:
