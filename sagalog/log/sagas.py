@@ -270,6 +270,8 @@ def mark_compensating(saga_id: int) -> Operation[None]:
 def mark_failed_compensation(saga_id: int, reason: str) -> Operation[None]:
     """Record that a saga could not be undone and needs a person.
 
+    A saga that a coordinator's process works on is taken from it: that stops at its next write.
+
     Args:
         saga_id: The saga: running, compensating or failed.
         reason: Why. What a database cannot hold becomes U+FFFD.
