@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -15,6 +15,12 @@ from pydantic import (
 
 from tests.coordinating import Stage
 from tests.troubled import Ask
+
+T = TypeVar("T")
+
+
+class Page(BaseModel, Generic[T]):
+    items: list[T]
 
 
 class Undo(BaseModel):

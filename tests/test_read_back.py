@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
-from typing import Annotated, Any, Generic, Literal, NewType, TypeVar
+from typing import Annotated, Any, Literal, NewType
 
 import pytest
 from pydantic import (
@@ -30,6 +30,7 @@ from tests.payloads import (
     Marked,
     Open,
     Order,
+    Page,
     Pays,
     ReadElsewhere,
     Receipt,
@@ -40,12 +41,6 @@ from tests.payloads import (
     returning,
 )
 from tests.troubled import Ask, One, answering
-
-T = TypeVar("T")
-
-
-class Page(BaseModel, Generic[T]):
-    items: list[T]
 
 
 class Partly(BaseModel):

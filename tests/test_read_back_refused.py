@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any
 
 import pytest
 from pydantic import (
@@ -32,6 +32,7 @@ from tests.payloads import (
     Marked,
     Open,
     Order,
+    Page,
     Pays,
     ReadElsewhere,
     Receipt,
@@ -41,12 +42,6 @@ from tests.payloads import (
     returning,
 )
 from tests.troubled import Ask, One, answering
-
-T = TypeVar("T")
-
-
-class Page(BaseModel, Generic[T]):
-    items: list[T]
 
 
 class Required(BaseModel):
