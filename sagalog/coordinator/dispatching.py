@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from sagalog.coordinator.trying import (
     retry_of,
     tried,
 )
-from sagalog.errors import PayloadError, UnusableHandler
+from sagalog.errors import UnusableHandler
 from sagalog.log import owned_steps, owning
 from sagalog.log.database import Operation
 from sagalog.moments import from_ms, now_ms
@@ -133,18 +134,16 @@ async def _together(run: Run, commands: list[Any]) -> list[Any]:
 def _placed(run: Run, handler: Handler, cmd: Any) -> tuple[Step, Any, Operation[None] | None]:
     """The next step, its command as the log holds it, and the write that begins it if the log does not hold it yet."""
     index = run.take_index()
-    try:
-        text, held = as_held(run, handler, cmd, index, f"dispatch of {handler.name}")
-    except PayloadError as error:
-        if index in run.replay:  # no reason to take another way than the log holds
-            raise run.stop(differs(run, index, str(error))) from error
-        raise
-    recorded = _recorded(run, index, handler.name, text) if run.replay else None
-    if recorded is not None:
-        recorded.given = cmd
-        if recorded.cmd_json != text:  # equal, and perhaps not the same
-            held = handler.read_cmd(recorded.cmd_json, run.saga_id, index)
+    asked = f"dispatch of {handler.name}"
+    if index in run.replay:
+        with _as_the_log_holds(run, index):
+            text, held = as_held(run, handler, cmd, index, asked)
+            recorded = _recorded(run, index, handler.name, text)
+            recorded.given = cmd
+            if recorded.cmd_json != text:  # equal, and perhaps not the same
+                held = handler.read_cmd(recorded.cmd_json, run.saga_id, index)
         return recorded, held, None
+    text, held = as_held(run, handler, cmd, index, asked)
     began = now_ms()
     due = due_of(handler, began)
     step = Step(index, handler.name, text, StepState.PENDING, began, due, given=cmd)
@@ -158,10 +157,8 @@ async def _ended(run: Run, handler: Handler, step: Step, cmd: Any, *, begun: boo
     A doubt stays in the log, and stops the saga.
     """
     if step.state is StepState.SUCCEEDED:
-        try:
+        with _as_the_log_holds(run, step.index):
             return handler.read_output(step.output_json, run.saga_id, step.index)
-        except PayloadError as error:
-            raise run.stop(differs(run, step.index, str(error))) from error
     if step.state is StepState.FAILED:
         raise failure_of_step(run, step, Refused(recorded_reason(run, step), None))
     try:
@@ -187,19 +184,25 @@ async def _ended(run: Run, handler: Handler, step: Step, cmd: Any, *, begun: boo
 # Going on where another process stopped
 
 
-def _recorded(run: Run, index: int, name: str, text: str) -> Step | None:
-    """The row that the log holds at an index, or None.
+@contextmanager
+def _as_the_log_holds(run: Run, index: int) -> Iterator[None]:
+    """What cannot be read, or compared, differs from the log, and is no reason to take another way than it holds."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        raise run.stop(differs(run, index, str(error) or type(error).__name__)) from error
+
+
+def _recorded(run: Run, index: int, name: str, text: str) -> Step:
+    """The row that the log holds at an index.
 
     Raises:
         Stopped: It is another command than the function dispatches now.
     """
-    step = run.replay.pop(index, None)
-    if step is None:
-        return None
-    try:
-        same = step.name == name and _same(run, step, text)
-    except Exception as error:  # classes that cannot be read, or compared: nothing is guessed over
-        raise run.stop(differs(run, index, str(error) or type(error).__name__)) from error
+    step = run.replay.pop(index)
+    same = step.name == name and _same(run, step, text)
     if same and step.state is not StepState.COMPENSATED:
         return step
     found = "is undone" if step.state is StepState.COMPENSATED else "holds another command"
@@ -263,9 +266,10 @@ async def _kept(run: Run, name: str, function: Callable[[], Any]) -> Any:
 
 async def _recorded_once(run: Run, name: str, function: Callable[[], Any]) -> Any:
     index = run.take_index()
-    recorded = _recorded(run, index, name, "null")
-    if recorded is not None:
-        return decode(recorded.output_json, "output_json", run.saga_id, index)
+    if index in run.replay:
+        with _as_the_log_holds(run, index):
+            recorded = _recorded(run, index, name, "null")
+            return decode(recorded.output_json, "output_json", run.saga_id, index)
     text = encode(await Call(function), name, run.saga_id, index)
     await run.written(owned_steps.record_step(run.fence, index, name, text, cancellable=not run.reached_pivot))
     run.steps[index] = Step(index, name, "null", StepState.SUCCEEDED, now_ms(), output_json=text)
