@@ -25,7 +25,6 @@ from sagalog.errors import (
 )
 from sagalog.log import claiming, owning, reading
 from sagalog.log.database import Operation
-from sagalog.log.faults import LOCK_HELD
 from sagalog.log.fencing import Fence
 from sagalog.log.sagas import Drawn, new_token
 from sagalog.moments import is_wait, now_ms, to_ms
@@ -124,12 +123,7 @@ class Core:
                 token=token,
                 same=definition.same_input(input),
             )
-            try:
-                return await _written(begin)
-            except BaseException as error:
-                if isinstance(error, LogUnavailable) or not isinstance(error, Exception | GeneratorExit):
-                    await self._not_begun(token, executor_id)
-                raise
+            return await _written(begin)
 
         mine: list[Fence] = []
 
@@ -147,18 +141,9 @@ class Core:
             return await self.owning(mine[0], execute, run, definition, input)
         except BaseException as error:
             if not isinstance(error, Exception):
-                if not mine:
-                    self.executor.strand_begun(token, self.executor.executor_id)
                 for fence in mine:
                     self.let_go(fence)
             raise
-
-    async def _not_begun(self, token: str, executor_id: str) -> None:
-        """It may be in the log all the same, and nobody here works on it."""
-        try:
-            await Write(owning.release_begun(token, executor_id))
-        except Exception:
-            self.executor.strand_begun(token, executor_id)
 
     async def _taking(self, writing: Callable[[str], Awaitable[T]], fence_of: Callable[[T], Fence | None]) -> T:
         """Make a saga this process's; until the answer is here, no other thread takes it for one that was left.
@@ -177,8 +162,10 @@ class Core:
             if fence is not None:
                 active[fence.saga_id] = fence
             coming.discard(ticket)
-        except BaseException:  # and not finally: a signal's exception may come in the last line
+        except BaseException as error:  # and not finally: a signal's exception may come in the last line
             coming.discard(ticket)
+            if isinstance(error, LogUnavailable) or not isinstance(error, Exception):
+                executor.look_for_orphans()  # it may be this process's all the same
             raise
         return answer
 
@@ -200,48 +187,45 @@ class Core:
             return False
         try:
             return await self._taking(claiming, lambda won: fence if won else None)
-        except LogUnavailable as error:
-            if error.found != LOCK_HELD:
-                self.executor.strand(fence)  # it may be this process's all the same
-            raise
-        except Exception:
-            raise
-        except BaseException:
-            self.executor.strand(fence)
-            raise
         finally:
             self.executor.claiming.pop(fence.saga_id, None)  # a forked child has none
 
     async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:
         """Work on a saga that this process owns; what it stops working on is given back for recovery."""
-        active = self.executor.active
-        active[fence.saga_id] = fence
+        self.executor.active[fence.saga_id] = fence
+        is_left = False
         try:
             return await flow(*args)
         except (LogUnavailable, GeneratorExit):
-            self.executor.strand(fence)  # a loop that is gone writes nothing
+            is_left = True  # a loop that is gone writes nothing
             raise
         except BaseException as error:
             if not (isinstance(error, SagaFailed) and error.outcome in _ENDED):
-                await self._give_back(fence)
+                is_left = True
+                is_left = not await self._gave_back(fence)
             raise
         finally:
-            if self.executor.holds(fence):
-                active.pop(fence.saga_id, None)  # the lease's thread may have given it up in between
+            self._works_no_more(fence)
             self.executor.given_up.discard(fence)
+            if is_left:
+                self.executor.look_for_orphans()
+
+    def _works_no_more(self, fence: Fence) -> None:
+        if self.executor.holds(fence):
+            self.executor.active.pop(fence.saga_id, None)  # the lease's thread may have given it up in between
 
     def let_go(self, fence: Fence) -> None:
         """Of what was interrupted between two lines: nobody works on it here, or the end of that work is not noted."""
-        if self.executor.holds(fence):
-            self.executor.active.pop(fence.saga_id, None)
-        self.executor.strand(fence)
+        self._works_no_more(fence)
+        self.executor.look_for_orphans()
 
-    async def _give_back(self, fence: Fence) -> None:
+    async def _gave_back(self, fence: Fence) -> bool:
         try:
             # In a forked child this changes nothing: the saga names the parent.
             await Write(owning.release(fence, self.executor.executor_id, counted=True))
         except Exception:
-            self.executor.strand(fence)
+            return False
+        return True
 
     async def submit(self, definition: Definition, input: Any, key: str | None, run_at: datetime | None) -> int:
         """Submit a saga in a transaction of its own."""
@@ -314,8 +298,8 @@ async def _written(operation: Operation[T]) -> T:
     """What may be repeated: a start finds its own saga again by its token."""
     try:
         return await Write(operation)  # type: ignore[no-any-return]
-    except LogUnavailable:
-        return await again(operation)
+    except LogUnavailable as error:
+        return await again(operation, error)
 
 
 def _input_text(definition: Definition, input: Any, key: str | None) -> str:

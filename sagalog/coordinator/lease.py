@@ -21,7 +21,7 @@ from sagalog.errors import SagaLogError
 from sagalog.log import claiming, owning
 from sagalog.log.apart import Apart
 from sagalog.log.bind import is_closed
-from sagalog.log.database import Operation
+from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.fencing import Fence
 from sagalog.log.forking import tell_of_forks
 
@@ -146,14 +146,12 @@ class Executor:
         """Whether this process works on a saga under this fence, and has not given it up."""
         return self.active.get(fence.saga_id) is fence
 
-    def strand(self, fence: Fence) -> None:
-        """A saga that this process stopped working on, and could not give back."""
-        release = owning.release(fence, self.executor_id, counted=True)
-        self.owed.strand(release, f"saga {fence.saga_id} stays here")
+    def look_for_orphans(self) -> None:
+        """There may be sagas of this process in the log that nobody here works on; the thread gives them back.
 
-    def strand_begun(self, token: str, executor_id: str) -> None:
-        """A saga may have been begun under this token, and could not be given back."""
-        self.owed.strand(owning.release_begun(token, executor_id), "a saga that may have been begun stays here")
+        A start, or a claim, whose answer was lost may come to be there only later: each renewal looks as well.
+        """
+        self.owed.look_for_orphans()
 
     def _gave_up(self, fence: Fence) -> None:
         if self.holds(fence):
@@ -211,19 +209,46 @@ class Executor:
         def attempt(operation: Operation[Any], problem: str) -> str | None:
             return self._attempt(apart, operation, problem)
 
-        def renew() -> None:
-            if time.monotonic() >= self._renew_at:
+        def renew() -> bool:
+            is_due = time.monotonic() >= self._renew_at
+            if is_due:
                 self._renew(executor_id, apart)
+            return is_due
 
         try:
             while self.owed.wait(self._renew_at, closing):
-                renew()
+                if renew() or self.owed.orphans:
+                    self.owed.orphans = False  # first: what is left from here on is looked for again
+                    if not self._gave_back_orphans(executor_id, apart, renew):
+                        self.owed.orphans = True
+                        closing.wait(self._pause)
                 self.owed.give_up_overdue(attempt)
-                self.owed.give_back(attempt, self._pause, renew)
         except _NothingToKeep:
             pass  # nobody can write under this lease any more
         finally:
             apart.close()
+
+    def _gave_back_orphans(self, executor_id: str, apart: Apart, renew: Callable[[], object]) -> bool:
+        """Whether all is given back that the log holds as this process's and nobody here works on, or is about to."""
+        coming = self.coming.copy()
+        held: list[Fence] = []
+
+        def look(db: Database) -> None:
+            held.extend(claiming.held(executor_id).run(db))
+
+        if self._attempt(apart, Call("held", Kind.READ, look), "sagas may stay here") is None:
+            return False
+        orphans = [fence for fence in held if fence.saga_id not in self.active]
+        if orphans and not coming.isdisjoint(self.coming):
+            return False  # one of them may be what was coming then, and is not in `active` yet
+        all_given_back = True
+        for fence in orphans:
+            if fence.saga_id not in self.active:
+                renew()  # each may wait for a lock
+                release = owning.release(fence, executor_id, counted=True)
+                given_back = self._attempt(apart, release, f"saga {fence.saga_id} stays here") is not None
+                all_given_back = all_given_back and given_back
+        return all_given_back
 
     @property
     def _pause(self) -> float:

@@ -1,7 +1,7 @@
 """What a process owes the log of sagas that it stopped working on, and could not say itself.
 
 The lease's thread says it: that a handler outlived its time, and that a saga
-is given back, for as long as the log does not answer.
+is nobody's, once the log answers.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class Owed:
 
     Args:
         gave_up: Is told of a saga that was given up while its handler hangs.
+
+    Attributes:
+        orphans: Whether there may be sagas of this process in the log that nobody here works on.
     """
 
     def __init__(self, gave_up: Callable[[Fence], None]) -> None:
@@ -37,7 +40,7 @@ class Owed:
         self._wakes_at = -math.inf
         self._watched: dict[int, tuple[float, Fence, int, float]] = {}
         self._tickets = itertools.count()
-        self._stranded: list[tuple[Operation[None], str]] = []
+        self.orphans = False
 
     def watch(self, fence: Fence, step_index: int, seconds: float, settle: float) -> int:
         """While a handler runs in a thread that cannot be interrupted: give its saga up once its time is over.
@@ -55,15 +58,10 @@ class Owed:
         """The handler is done."""
         self._watched.pop(ticket, None)
 
-    def strand(self, release: Operation[None], problem: str) -> None:
-        """Give back what could not be given back at once.
-
-        Args:
-            release: Gives it back.
-            problem: What is the matter for as long as it fails, for the application's log.
-        """
+    def look_for_orphans(self) -> None:
+        """There may be sagas of this process in the log that nobody here works on."""
         with self._changed:
-            self._stranded.append((release, problem))
+            self.orphans = True
             self._changed.notify()
 
     def wake(self) -> None:
@@ -86,7 +84,7 @@ class Owed:
                 return False
             self._wakes_at = math.inf  # until it is known, whoever is watched meanwhile wakes it
             self._wakes_at = due = min([until, *(entry[0] for entry in list(self._watched.values()))])
-            if not self._stranded:
+            if not self.orphans:
                 self._changed.wait(max(0.0, due - time.monotonic()))
             return not closing.is_set()
 
@@ -103,19 +101,3 @@ class Owed:
                     self._watched[ticket] = (now + 1.0, fence, step_index, settle)
                 elif done != "invalid_transition":  # but its step has ended
                     self._gave_up(fence)
-
-    def give_back(self, attempt: Attempt, pause: float, renew: Callable[[], None]) -> None:
-        """Give back what is stranded.
-
-        Args:
-            attempt: Writes.
-            pause: Seconds to wait after what failed.
-            renew: Keeps the lease: each may wait for a lock.
-        """
-        with self._changed:
-            stranded, self._stranded = self._stranded, []
-        for release, problem in stranded:
-            renew()
-            if attempt(release, problem) is None:
-                time.sleep(pause)
-                self._stranded.append((release, problem))

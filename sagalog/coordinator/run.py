@@ -176,6 +176,7 @@ class Run:
         again: Whether an operator wants what is in doubt to be sent again, once, under its key.
         reached_pivot: Whether it only goes forward.
         unsure: Whether the log may hold what this process does not know of: a write was cut off.
+        cut_off: Whether a write was cut off ever: it may come to be in the log later.
         interrupted: Whether its process is about to stop working on it: nothing is tried again.
         interrupt: What interrupted a call of its context: the whole process is meant, and not only the saga.
         over: Whether its function has ended: nothing is begun any more.
@@ -210,6 +211,7 @@ class Run:
         self.steps: dict[int, Step] = {step.index: step for step in steps}
         self.stopped: BaseException | None = None
         self.unsure = False
+        self.cut_off = False
         self.interrupted = False
         self.interrupt: BaseException | None = None
         self.over = False
@@ -386,8 +388,8 @@ class Run:
         try:
             try:
                 return await Write(operation)  # type: ignore[no-any-return]
-            except LogUnavailable:
-                return await again(operation)
+            except LogUnavailable as error:
+                return await again(operation, error)
         except (LeaseLost, LogUnavailable) as error:
             raise self.stop(error) from error.__cause__
         except fencing.CancelAsked as asked:
@@ -397,21 +399,27 @@ class Run:
         except SagaLogError:
             raise
         except BaseException as error:
-            self.unsure = True
+            self.unsure = self.cut_off = True
             self.interrupted_by(error)
             problem = f"{operation.asked} was cut off, and may be in the log"
             self.stop(Stopped(f"{self.name} of saga {self.saga_id}", problem, saga_id=self.saga_id, outcome=""))
             raise
 
 
-async def again(operation: Operation[R]) -> R:
-    """Write once more what may be repeated, after a log that is out of reach for a moment was waited for."""
-    last = len(_WAITS_FOR_THE_LOG) - 1
-    for number, wait in enumerate(_WAITS_FOR_THE_LOG):
+async def again(operation: Operation[R], error: LogUnavailable) -> R:
+    """Write once more what may be repeated, after a log that is out of reach for a moment was waited for.
+
+    Args:
+        operation: The write.
+        error: Of its first try.
+
+    Raises:
+        LogUnavailable: Of the try, if there is one, that may have been written; else of the last.
+    """
+    for wait in _WAITS_FOR_THE_LOG:
         await Sleep(wait)
         try:
             return await Write(operation)  # type: ignore[no-any-return]
-        except LogUnavailable:
-            if number == last:
-                raise
-    raise AssertionError("the last try returns or raises")
+        except LogUnavailable as another:
+            error = error if error.unknown else another
+    raise error

@@ -26,7 +26,7 @@ from sagalog.coordinator.trying import (
     reason_of,
     tried,
 )
-from sagalog.errors import PayloadError, SagaLogError, StepFailed, UnusableHandler
+from sagalog.errors import InvalidTransition, PayloadError, SagaLogError, StepFailed, UnusableHandler
 from sagalog.log import owned_steps, owning, reading
 from sagalog.moments import now_ms
 from sagalog.payload import printable
@@ -112,7 +112,13 @@ async def unwind(run: Run, reason: str) -> End:
         return await to_person(run, _also(reason, str(unreadable)))
     except _Blocked as blocked:
         return await to_person(run, _also(reason, str(blocked)))
-    await run.written(owning.compensated(run.fence, reason))
+    try:
+        await run.written(owning.compensated(run.fence, reason))
+    except InvalidTransition:
+        if not run.cut_off:
+            raise
+        run.unsure, run.cut_off = True, False  # what was cut off is in the log only now
+        return await unwind(run, reason)
     run.state = SagaState.COMPENSATED
     return End(run.state, reason)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sagalog.log.database import Call, Database, Kind, Operation
+from sagalog.log.fencing import Fence
 from sagalog.log.sagas import new_token
 from sagalog.log.statements import Statement
 from sagalog.log.statements.executors import ExecutorStatements
@@ -56,6 +57,15 @@ def candidates(executor_id: str, limit: int, *, adopt: bool) -> Operation[list[C
         return [Candidate(*row) for row in rows]
 
     return Call("recover", Kind.READ, run)
+
+
+def held(executor_id: str) -> Operation[list[Fence]]:
+    """The unresolved sagas of an executor, each under its epoch."""
+
+    def run(db: Database) -> list[Fence]:
+        return [Fence(*row) for row in db.fetch(db.sql.executors.held, executor_=executor_id)]
+
+    return Call("held", Kind.READ, run)
 
 
 def unowned(limit: int) -> Operation[list[tuple[int, str]]]:

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy import Engine, PoolProxiedConnection
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from sagalog.errors import SagaExists, SagaLogError, StepExists, UnusableBind
 from sagalog.log.bind import (
@@ -181,7 +181,7 @@ class EngineBind:
             except SagaLogError as error:
                 refusal = error
             driver.autocommit = was_autocommit
-        except Exception as error:
+        except (dialect.loaded_dbapi.Error, SQLAlchemyError, OSError) as error:
             lost = dialect.is_disconnect(error, driver, None)  # type: ignore[arg-type]
             if lost:
                 # As Core does: every connection of the pool that is as old is opened anew.
@@ -189,7 +189,7 @@ class EngineBind:
             else:
                 connected.invalidate(error)
             raise DBAPIError(None, None, error, hide_parameters=True, connection_invalidated=lost) from error
-        except BaseException:
+        except BaseException:  # a signal's handler may raise anything
             connected.invalidate()
             raise
         finally:

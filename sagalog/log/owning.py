@@ -154,16 +154,6 @@ def release(fence: Fence, executor_id: str, *, counted: bool) -> Operation[None]
     return Call("release", Kind.WRITE, run, fence.saga_id)
 
 
-def release_begun(token: str, executor_id: str) -> Operation[None]:
-    """Give back a saga that may have been begun under this token, when its start was stopped before its answer."""
-
-    def run(db: Database) -> None:
-        for (saga_id,) in db.fetch(db.sql.saga_of_token, token_=token):
-            release(Fence(saga_id, 1), executor_id, counted=True).run(db)
-
-    return Call("release", Kind.SEVERAL, run)
-
-
 def give_up(fence: Fence, step_index: int | None = None, error: str = "", deadline_at: int = 0) -> Operation[None]:
     """Whoever works on the saga here may not write to it any more, and it is anybody's.
 

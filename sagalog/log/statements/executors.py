@@ -90,6 +90,14 @@ class ExecutorStatements(Tables):
             .limit(bind("limit_"))
         )
 
+    @cached_property
+    def held(self) -> Statement:
+        """Unresolved sagas of an executor."""
+        c = self.saga.c
+        return Statement(
+            select(c.saga_id, c.epoch).where(one_of(UNRESOLVED, c.state), c.executor_id == bind("executor_"))
+        )
+
     @lru_cache(maxsize=1024)  # noqa: B019 - one Statements a placement, kept for ever
     def claim(self, adopt: bool) -> Statement:  # noqa: FBT001 - a cache key
         """One compare-and-set: by the epoch that was seen, and only if the owner has not come back."""

@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, and_, case, exists, func, literal_column, 
 from sagalog.log.statements.clause import Greater, Statement, bind, literal, one_of
 from sagalog.log.statements.sagas import SagaStatements
 from sagalog.log.statements.steps import StepStatements
-from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, OWNER, Actor, SagaState, StepState, step_sources
+from sagalog.states import CANCELLABLE, OPEN_FOR_STEPS, OWNER, UNRESOLVED, Actor, SagaState, StepState, step_sources
 
 
 class OwnedStatements(SagaStatements, StepStatements):
@@ -81,7 +81,7 @@ class OwnedStatements(SagaStatements, StepStatements):
         """Nobody's; `given_` take-overs are not counted."""
         return Statement(
             update(self.saga)
-            .where(self._this_saga, self.saga.c.executor_id == bind("executor_"))
+            .where(self._this_saga, self.saga.c.executor_id == bind("executor_"), one_of(UNRESOLVED, self.saga.c.state))
             .values(executor_id=null(), recoveries=self.saga.c.recoveries - bind("given_"))
         )
 
