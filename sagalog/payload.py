@@ -6,8 +6,8 @@ import json
 import math
 import re
 from collections import deque
-from dataclasses import MISSING, fields, is_dataclass
-from datetime import date, time, timedelta
+from dataclasses import fields, is_dataclass
+from datetime import UTC, date, datetime, time, timedelta
 from enum import Enum
 from functools import lru_cache
 from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
@@ -23,6 +23,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import from_json, to_json
 
 from sagalog.errors import PayloadError, where
@@ -216,7 +217,10 @@ def check_had_back(
     Raises:
         PayloadError: It holds a secret, or one of several classes that look alike in JSON.
     """
-    changed = None if _alike(value, back) else _changed_by_json(kind, value, back)
+    try:
+        changed = None if _alike(value, back) else _changed_by_json(kind, value, back)
+    except Exception as error:  # a class of the application's that cannot be compared
+        changed = f"it cannot be compared with what is read back ({type(error).__name__})"
     if changed is not None:
         raise PayloadError(
             f"{asked} of {where(saga_id, step_index)}",
@@ -266,7 +270,7 @@ def _changed_by_json(kind: Any, value: Any, back: Any) -> str | None:
             if one is not other:
                 return _reads_as(one, other)
         elif isinstance(one, _TIMES) and type(one) is type(other):
-            if one != other:
+            if _moment_of(one) != _moment_of(other):
                 return _reads_as(one, other)
         elif isinstance(other, float) and isinstance(one, int) and not math.isfinite(other):
             return "a number is too large for a float"
@@ -285,6 +289,12 @@ def _changed_by_json(kind: Any, value: Any, back: Any) -> str | None:
     return None
 
 
+def _moment_of(value: Any) -> Any:
+    """What a date or time is compared by: in the hour that a clock is set back over, no two of two zones are equal."""
+    is_aware = isinstance(value, datetime) and value.utcoffset() is not None
+    return value.astimezone(UTC) if is_aware else value
+
+
 def _reads_as(one: Any, other: Any) -> str:
     name, read = type(one).__name__, type(other).__name__
     return f"a {name} reads back as {'another one' if type(one) is type(other) else f'a {read}'}"
@@ -300,12 +310,12 @@ def _lost(one: Any, other: Any) -> str | None:
 
 def _is_read(one: Any, other: Any, name: str) -> bool:
     """Whether a field of a record is read, by the class of what is read back, from where it is written."""
-    kind = type(other)
+    kind: Any = type(other)
     if is_dataclass(other) and not any(field.name == name and field.init for field in fields(other)):
         return False
     of_one, of_other = (getattr(each, "__pydantic_fields__", None) for each in (type(one), kind))
     if of_one is None or of_other is None:
-        return is_dataclass(other) and not _is_default(other, name)
+        return is_dataclass(other) and _is_read_by_name(_hints_of(kind).get(name), name)
     field, held = of_one.get(name), of_other.get(name)
     if field is None and held is None:
         return name in (getattr(other, "__pydantic_extra__", None) or {})
@@ -327,11 +337,18 @@ def _is_more(value: Any) -> bool:
     return _is_record(value) or isinstance(value, bytes | Enum)
 
 
-def _is_default(record: Any, name: str) -> bool:
-    """Whether a field of a plain dataclass holds what it holds if nothing is read into it."""
-    field = next(field for field in fields(record) if field.name == name)
-    default = field.default if field.default_factory is MISSING else field.default_factory()
-    return bool(getattr(record, name, None) == default)
+def _is_read_by_name(annotation: Any, name: str) -> bool:
+    """Whether a field of a plain dataclass, which is written by its name, is read by it."""
+    described = [more for more in getattr(annotation, "__metadata__", ()) if isinstance(more, FieldInfo)]
+    return all(more.validation_alias in (None, name) for more in described)
+
+
+@lru_cache(maxsize=512)
+def _hints_of(kind: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(kind, include_extras=True)
+    except Exception:  # a name that cannot be looked up from here
+        return {}
 
 
 def _is_kind_of(one: Any, other: Any) -> bool:
@@ -360,13 +377,9 @@ def _names(annotation: Any, kind: type[Any]) -> bool:
 
 def _said_of(record: Any, name: str) -> Any:
     """A field's annotation."""
-    described = getattr(type(record), "__pydantic_fields__", {}).get(name)
-    if described is not None:
-        return described.annotation
-    try:
-        return get_type_hints(type(record)).get(name)
-    except Exception:  # a name that cannot be looked up from here
-        return None
+    kind: Any = type(record)
+    described = getattr(kind, "__pydantic_fields__", {}).get(name)
+    return _hints_of(kind).get(name) if described is None else described.annotation
 
 
 def _is_record(value: Any) -> bool:

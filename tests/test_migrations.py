@@ -454,15 +454,22 @@ def test_sagas_of_one_token_get_one_each(database_url: str) -> None:
         "VALUES (:id, 'order', 'running', 1, 'null', :token)"
     )
     with engine.begin() as connection:
-        for saga_id, token in ((1, "a"), (2, "a"), (3, None), (4, None), (5, "b")):
+        for saga_id, token in enumerate(("a", "a", None, None, "b", "c", "c", "c"), 1):
             connection.execute(insert, {"id": saga_id, "token": token})
+        connection.execute(
+            text(
+                "INSERT INTO saga_step (saga_id, step_index, name, state, cmd_json, started_at) "
+                "VALUES (7, 0, 'pay', 'pending', 'null', 1)"
+            )
+        )
     migrations.upgrade(engine)
-    assert [SagaLog(engine).get(saga_id).token for saga_id in range(1, 6)] == ["a", "a-2", None, None, "b"]
+    tokens = ["a", "a-2", None, None, "b", "c-6", "c", "c-8"]  # what was sent keeps its key
+    assert [SagaLog(engine).get(saga_id).token for saga_id in range(1, 9)] == tokens
     with engine.connect() as connection, pytest.raises(IntegrityError):
-        connection.execute(insert, {"id": 6, "token": "b"})
+        connection.execute(insert, {"id": 9, "token": "b"})
     migrations.downgrade(engine, "sagalog_0003")
     with engine.begin() as connection:
-        connection.execute(insert, {"id": 6, "token": "b"})
+        connection.execute(insert, {"id": 9, "token": "b"})
     engine.dispose()
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta, tzinfo
 from enum import IntEnum, StrEnum
 from typing import Annotated, Any, Literal, NewType
 
@@ -51,6 +52,24 @@ class Partly(BaseModel):
 MOMENT = datetime(2026, 1, 2, tzinfo=UTC)
 
 
+class SetBack(tzinfo):
+    """In the hour in which clocks are set back."""
+
+    def utcoffset(self, moment: datetime | None) -> timedelta:
+        return timedelta(hours=1 if moment is not None and moment.fold else 2)
+
+    def dst(self, moment: datetime | None) -> timedelta:
+        return timedelta(hours=1)
+
+
+turned = datetime(2026, 10, 25, 2, 30, tzinfo=SetBack())
+
+
+@dataclass
+class Tagged:
+    tags: list[str] = field(default_factory=list)
+
+
 class Plain(Card):
     """Of a class that nothing names, and that holds no more than the one that is named."""
 
@@ -70,6 +89,8 @@ class Plain(Card):
         (7, int, 7),
         (7, Annotated[int, {"of": "a box"}], 7),
         (MOMENT, datetime, MOMENT),
+        *((turned.replace(fold=fold), datetime, turned.replace(fold=fold).astimezone(UTC)) for fold in (0, 1)),
+        (Tagged(tags=()), Tagged, Tagged(tags=[])),  # type: ignore[arg-type]
         (Plain(number="1"), Card, Card(number="1")),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from sagalog import (
     StepFailed,
     StepInfo,
     StepRejected,
+    UnusableBind,
     UnusableHandler,
 )
 from sagalog.coordinator.effects import Invoke
@@ -400,11 +402,17 @@ def test_a_transactional_handler_whose_flush_failed_did_nothing(stage: Stage, th
 
 
 class Sneak(Command[None]):
-    """Its handler writes a row, and then runs a statement, and then perhaps raises."""
+    """Its handler writes a row, and then runs a statement on the driver, and then perhaps raises."""
 
     statement: str
     raises: bool = False
     also: Literal["", "rollback", "close"] = ""
+
+
+def by_the_driver(session: Session, statement: str) -> None:
+    cursor = session.connection().connection.cursor()
+    cursor.execute(statement)
+    cursor.close()
 
 
 def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
@@ -416,7 +424,7 @@ def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
         async def asneak(cmd: Sneak, session: AsyncSession) -> None:
             tries.append(cmd)
             await session.execute(insert)
-            await session.execute(text(cmd.statement))
+            await session.run_sync(by_the_driver, cmd.statement)
             if cmd.also:
                 await getattr(session, cmd.also)()
             if cmd.raises:
@@ -428,7 +436,7 @@ def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
         def sneak(cmd: Sneak, session: Session) -> None:
             tries.append(cmd)
             session.execute(insert)
-            session.execute(text(cmd.statement))
+            by_the_driver(session, cmd.statement)
             if cmd.also:
                 getattr(session, cmd.also)()
             if cmd.raises:
@@ -444,9 +452,57 @@ def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
     return coordinator
 
 
+@pytest.mark.parametrize("statement", ["COMMIT", " end;", "/* so */ ROLLBACK", "-- so\n commit work"])
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_statement_that_ends_a_transactional_handlers_transaction_is_refused(
+    stage: Stage, statement: str, swallows: bool
+) -> None:
+    stage.sql("CREATE TABLE note (body TEXT NOT NULL)")
+    insert = text("INSERT INTO note VALUES ('kept')")
+    stops = contextlib.suppress(UnusableBind) if swallows else contextlib.nullcontext()
+
+    if stage.asynchronous:
+
+        @stage.bus.handler(transactional=True, read_only=True)
+        async def akeep(cmd: Keep, session: AsyncSession) -> int:
+            await session.execute(insert)
+            async with session.begin_nested() as nested:
+                await session.execute(insert)
+                await nested.rollback()
+            with stops:
+                await session.execute(text(statement))
+            return 7
+    else:
+
+        @stage.bus.handler(transactional=True, read_only=True)
+        def keep(cmd: Keep, session: Session) -> int:
+            session.execute(insert)
+            with session.begin_nested() as nested:
+                session.execute(insert)
+                nested.rollback()
+            with stops:
+                session.execute(text(statement))
+            return 7
+
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("keeps")
+    def keeps(ctx: Any) -> int:
+        return int(ctx.dispatch(Keep()))
+
+    if swallows:
+        assert (coordinator.run("keeps"), notes(stage)) == (7, ["kept"])
+        return
+    with pytest.raises(SagaFailed, match="Leave the end of the transaction to the coordinator"):
+        coordinator.run("keeps")
+    assert (stage.log.get(1).steps[0].state, notes(stage)) == ("failed", [])
+
+
 @pytest.mark.parametrize("raises", [False, True], ids=["returns", "raises"])
 @pytest.mark.parametrize("also", ["", "rollback", "close"])
-def test_a_step_whose_handler_commits_by_a_statement_is_in_doubt(stage: Stage, raises: bool, also: Any) -> None:
+def test_a_step_whose_handler_commits_by_the_drivers_own_means_is_in_doubt(
+    stage: Stage, raises: bool, also: Any
+) -> None:
     tries: list[Any] = []
     coordinator = sneaking(stage, tries)
     with pytest.raises(SagaFailed, match="ended by SQL of its own") as failure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -165,8 +166,8 @@ class Transactions:
 class _Transaction:
     """A transactional handler's transaction, from before it is called to its step's end.
 
-    A savepoint marks it: where the mark is gone, the handler has ended it by SQL of its own, and what it wrote may be
-    there without the end of its step.
+    SQL that ends it is refused. A savepoint marks it: where the mark is gone, the handler has ended it by the driver's
+    own means, and what it wrote may be there without the end of its step.
     """
 
     def __init__(self, session: Session, sql: Statements, sleep: Callable[[float], Any]) -> None:
@@ -190,17 +191,23 @@ class _Transaction:
 
     def _begun(self, session: Session, transaction: SessionTransaction, connection: Connection) -> None:
         # Called again where a handler has rolled back, and goes on in another one.
-        if transaction.nested:
+        if transaction.nested or not self._is_ours(connection):
             return
+        was_ended, self._is_ended_inside = self._is_ended_inside, True  # what is refused here may be gone on with
         self._caller.enter(connection, _COMMIT)
         connection.exec_driver_sql(f"SAVEPOINT {_MARK}")
-        self._connection = connection
-        self._is_rolled_back = False
+        self._connection, self._is_rolled_back, self._is_ended_inside = connection, False, was_ended
+        self._listen(connection, "begin", _refuse_begin)
         self._listen(connection, "rollback", self._look_before_rollback)
+        self._listen(connection, "before_cursor_execute", _refuse_ending)
         if connection.dialect.driver == "aiosqlite" and self._driver is None:
             self._listen(connection.engine.pool, "invalidate", self._roll_back_what_was_cut_off)
             self._driver = connection.connection.dbapi_connection
         self._listen(connection, "commit", _refuse_commit)
+
+    def _is_ours(self, connection: Connection) -> bool:
+        """Whether it is on the log's engine; a Session may read on another one as well."""
+        return self._connection is None or connection.engine is self._connection.engine
 
     def _refuse_outermost(self, session: Session) -> None:
         if not session.in_nested_transaction():
@@ -221,14 +228,14 @@ class _Transaction:
             Its error; `LogUnavailable` where the database gave the transaction up, so that it may be tried again; or
             `EndedInside`.
         """
-        if isinstance(error, DBAPIError) and is_transient(error):
-            return translate(error, _COMMIT, "the log's database", committing=False)
         try:
             self._look_for_mark(f"ROLLBACK TO SAVEPOINT {_MARK}")
         except EndedInside as ended:
             return ended
         except Exception as second:
-            return self.told(second) if isinstance(second, DBAPIError) and is_transient(second) else error
+            error = second if _is_given_up(second) else error
+        if _is_given_up(error):
+            return translate(error, _COMMIT, "the log's database", committing=False)
         return error
 
     def end(self, effect: Invoke[Any], value: Any) -> None:
@@ -239,7 +246,8 @@ class _Transaction:
             self._session.flush()
             while (nested := self._session.get_nested_transaction()) is not None:
                 nested.commit()  # left open: as their outer one's commit would
-            self._session.connection()  # refused after a flush that failed, if the handler went on all the same
+            if not self._session.is_active:
+                self._session.connection()  # raises: a flush has failed, and the handler went on all the same
         except Exception as error:
             raise self.told(error) from error
         try:
@@ -274,6 +282,8 @@ class _Transaction:
 
     def _look_before_rollback(self, connection: Connection) -> None:
         """SQLAlchemy is about to roll back, as it does when a flush fails: what the handler has ended it could not."""
+        if self._is_rolled_back:
+            return
         try:
             connection.exec_driver_sql(f"ROLLBACK TO SAVEPOINT {_MARK}")
         except DBAPIError as error:
@@ -295,6 +305,9 @@ class _Transaction:
         try:
             self._listen_no_more()
             self._session.close()
+        except Exception as error:  # of a savepoint that is gone, say: what is known of the step comes first
+            if self._connection is not None and not self._connection.closed:
+                self._connection.invalidate(error)
         finally:
             turn, self._turn = self._turn, None
             if turn is not None:
@@ -311,14 +324,35 @@ class _Transaction:
 
 
 _MARK = "sagalog_handler"
+_ENDS = re.compile(
+    r"(?:\s|--[^\n]*\n|/\*.*?\*/)*(?:COMMIT|END|ABORT|ROLLBACK(?!\s+(?:\w+\s+)?TO\b)|PREPARE\s+TRANSACTION)\b",
+    re.IGNORECASE | re.DOTALL,
+)
 _ENDED = "its transaction was ended by SQL of its own, so what it wrote may be there; leave COMMIT to the coordinator"
+
+
+def _is_given_up(error: Exception) -> bool:
+    return isinstance(error, DBAPIError) and is_transient(error)
+
+
+def _refuse_begin(_: object) -> None:
+    raise UnusableBind(
+        "a statement in a transactional handler",
+        "its connection's transaction is over",
+        hint="Go on through the Session, after its rollback().",
+    )
+
+
+def _refuse_ending(connection: object, cursor: object, statement: str, *_: object) -> None:
+    if _ENDS.match(statement):
+        _refuse_commit(connection)
 
 
 def _refuse_commit(_: object) -> None:
     raise UnusableBind(
-        "commit in a transactional handler",
+        "commit, or another end, of a transactional handler's transaction",
         "its writes would be there without the end of its step",
-        hint="Leave the commit to the coordinator: return, or raise.",
+        hint="Leave the end of the transaction to the coordinator: return, or raise; or session.rollback().",
     )
 
 

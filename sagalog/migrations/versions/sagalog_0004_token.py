@@ -20,11 +20,18 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Create the index; of sagas that have one token already, the first keeps it."""
-    saga = placed("saga")
-    first = f"SELECT min(saga_id) FROM {saga} WHERE token IS NOT NULL GROUP BY token"
+    """Create the index; of sagas that have one token already, the first that was worked on keeps it."""
+    saga, step = placed("saga"), placed("saga_step")
+    twins = f"SELECT token FROM {saga} WHERE token IS NOT NULL GROUP BY token HAVING count(*) > 1"
+    has_steps = f"EXISTS (SELECT 1 FROM {step} s WHERE s.saga_id = t.saga_id)"
+    ranked = (
+        f"SELECT t.saga_id, row_number() OVER (PARTITION BY t.token "
+        f"ORDER BY CASE WHEN {has_steps} THEN 0 ELSE 1 END, t.saga_id) AS rank "
+        f"FROM {saga} t JOIN ({twins}) w ON w.token = t.token"
+    )
     op.execute(
-        f"UPDATE {saga} SET token = token || '-' || saga_id WHERE token IS NOT NULL AND saga_id NOT IN ({first})"
+        f"UPDATE {saga} SET token = token || '-' || saga_id "
+        f"WHERE saga_id IN (SELECT saga_id FROM ({ranked}) AS r WHERE rank > 1)"
     )
     create_index("saga_token_idx", "saga", "token", unique=True, where="token IS NOT NULL")
 
