@@ -44,7 +44,7 @@ WRITES: dict[str, Callable[[Fence], Operation[Any]]] = {
     "finish_step": lambda fence: owned_steps.finish_step(fence, DOUBT, "[]"),
     "finish_step_once": lambda fence: owned_steps.finish_step_once(fence, DOUBT, "[]"),
     "fail_step": lambda fence: owned_steps.fail_step(fence, DOUBT, "no"),
-    "doubt_step": lambda fence: owned_steps.doubt_step(fence, DOUBT, "lost", 7),
+    "doubt_step": lambda fence: owned_steps.doubt_step(fence, DOUBT, "lost", 7, None),
     "begin_undo": lambda fence: owned_steps.begin_undo(fence, NEW, "undo", "null", 0, [DONE]),
     "end_undo": lambda fence: owned_steps.end_undo(fence, UNDO, "[]"),
     "end_undo_once": lambda fence: owned_steps.end_undo_once(fence, UNDO, "[]"),

@@ -91,6 +91,7 @@ class Step:
         given: The command that the saga's function dispatched; what is sent is what the log holds of it.
         tries: How often its handler was called here, to an end.
         others_until: Until when a try that was begun elsewhere, in another process or thread, may be under way.
+        held_until: The `deadline_at` that the log holds.
         over_until: Until when what this process sent may still land, if the log says a later moment.
         unsent: Whether its handler was surely never called.
     """
@@ -109,6 +110,10 @@ class Step:
     others_until: int = 0
     over_until: int | None = None
     unsent: bool = False
+    held_until: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.held_until = self.deadline_at
 
     @classmethod
     def of(cls, saga_id: int, stored: StoredStep) -> Step:

@@ -97,8 +97,7 @@ async def tried(
         while (left := _time_left(handler, step, now)) < handler.timeout * 500:
             # A process that slept since it wrote the step owns the saga still, or does not call its handler.
             # Where a write takes longer than the handler may, there is more time from try to try.
-            step.deadline_at = due_of(handler, now) + stretched * _A_WRITE_MS
-            await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
+            await _give_time(run, step, due_of(handler, now) + stretched * _A_WRITE_MS)
             stretched *= 2
             now = now_ms()
         if (attempt > 1 or repeats) and not may_try(step, retry):  # writes take time, and a process may sleep
@@ -227,9 +226,10 @@ def may_try(step: Step, retry: Retry, wait: float = 0.0) -> bool:
 
 async def _note_doubt(run: Run, handler: Handler, step: Step, error: BaseException, seconds: float) -> None:
     """Record what was raised, and until when something of this try may still be under way."""
-    step.deadline_at = max(step.others_until, now_ms() + int((seconds + handler.settle) * 1000))
+    until = step.deadline_at = max(step.others_until, now_ms() + int((seconds + handler.settle) * 1000))
     step.error = reason_of(error)
-    await run.written(owned_steps.doubt_step(run.fence, step.index, step.error, step.deadline_at))
+    await run.written(owned_steps.doubt_step(run.fence, step.index, step.error, until, step.held_until))
+    step.held_until = until
 
 
 class _Ending:
@@ -348,8 +348,13 @@ def _may_be_tried(step: Step, retry: Retry | None) -> bool:
 async def begin_again(run: Run, handler: Handler, step: Step) -> None:
     """Before a step that was begun elsewhere, in another process or thread, is tried under its key."""
     step.others_until, step.over_until = step.deadline_at or 0, None  # what was begun there may still be under way
-    step.deadline_at = max(step.others_until, due_of(handler, now_ms()))
-    await run.written(owned_steps.try_again(run.fence, step.index, step.deadline_at))
+    await _give_time(run, step, max(step.others_until, due_of(handler, now_ms())))
+
+
+async def _give_time(run: Run, step: Step, until: int) -> None:
+    step.deadline_at = until
+    await run.written(owned_steps.try_again(run.fence, step.index, until, step.held_until))
+    step.held_until = until
 
 
 def due_of(handler: Handler, now: int) -> int:

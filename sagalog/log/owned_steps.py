@@ -107,24 +107,15 @@ def mark_step_compensated(fence: Fence, step_index: int) -> Operation[None]:
     return MarkStepCompensated(fence.saga_id, step_index).owned_by(fence)
 
 
-def note_doubt(
-    db: Database,
-    fence: Fence,
-    step_index: int,
-    error: str | None,
-    deadline_at: int,
-    *,
-    overdue: bool = False,
-) -> None:
-    """Write at a pending step what was raised, and until when a try of it may be under way.
+def note_overdue(db: Database, fence: Fence, step_index: int, error: str, deadline_at: int) -> None:
+    """Write at a pending step that its handler hangs; a later moment stays, and no lock is waited for.
 
     Args:
         db: The database.
         fence: The owner.
         step_index: The step.
-        error: What was raised; None leaves what is there.
-        deadline_at: Unix milliseconds.
-        overdue: Whether its handler hangs: a later moment stays, and no lock is waited for.
+        error: What is the matter.
+        deadline_at: Until when a try of it may be under way; Unix milliseconds.
     """
     values = {
         "id_": fence.saga_id,
@@ -133,9 +124,7 @@ def note_doubt(
         "error_": error,
         "deadline_": deadline_at,
     }
-    owned = db.sql.owned
-    noted = db.write_unless_locked(owned.note_overdue, values) if overdue else db.write(owned.note_doubt, values)
-    if noted != 1:
+    if db.write_unless_locked(db.sql.owned.note_overdue, values) != 1:
         raise_refused(db, "doubt_step", fence, step_index, StepState.PENDING)
 
 
@@ -147,19 +136,42 @@ def raise_refused(db: Database, asked: str, fence: Fence, step_index: int, targe
     raise StepNotFound(asked, fence.saga_id, step_index)
 
 
-def doubt_step(fence: Fence, step_index: int, error: str | None, deadline_at: int) -> Operation[None]:
-    """What a try raised, and until when something of it, or of the next try, may still be under way."""
-    text = None if error is None else printable(error)
+def doubt_step(fence: Fence, step_index: int, error: str | None, deadline_at: int, seen: int | None) -> Operation[None]:
+    """What a try raised, and until when something of it, or of the next try, may still be under way.
+
+    Args:
+        fence: The owner.
+        step_index: The step, pending.
+        error: What was raised; None leaves what is there.
+        deadline_at: Unix milliseconds.
+        seen: What the log holds until now: this write may be sent again, and land after a later one.
+    """
+    values = {
+        "id_": fence.saga_id,
+        "index_": step_index,
+        "epoch_": fence.epoch,
+        "error_": None if error is None else printable(error),
+        "deadline_": deadline_at,
+        "seen_": seen,
+    }
 
     def run(db: Database) -> None:
-        note_doubt(db, fence, step_index, text, deadline_at)
+        if db.write(db.sql.owned.note_doubt, values) == 1:
+            return
+        check_owner(db, "doubt_step", fence, step_index)
+        for _name, state, _cmd, _output, held in db.fetch(db.sql.step_row, id_=fence.saga_id, index_=step_index):
+            if state == StepState.PENDING and held == deadline_at:
+                return  # written before
+            if db.write(db.sql.owned.note_doubt, {**values, "seen_": held}) == 1:
+                return  # somebody has changed it by hand
+        raise_refused(db, "doubt_step", fence, step_index, StepState.PENDING)
 
     return Call("doubt_step", Kind.WRITE, run, fence.saga_id, step_index)
 
 
-def try_again(fence: Fence, step_index: int, deadline_at: int) -> Operation[None]:
+def try_again(fence: Fence, step_index: int, deadline_at: int, seen: int | None) -> Operation[None]:
     """A step in doubt is about to be tried again, under the same key."""
-    return doubt_step(fence, step_index, None, deadline_at)
+    return doubt_step(fence, step_index, None, deadline_at, seen)
 
 
 # Undos

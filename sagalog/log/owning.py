@@ -11,7 +11,7 @@ from typing import Any
 
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.fencing import Fence
-from sagalog.log.owned_steps import note_doubt
+from sagalog.log.owned_steps import note_overdue
 from sagalog.log.sagas import (
     Drawn,
     MarkCompensating,
@@ -166,7 +166,7 @@ def give_up(fence: Fence, step_index: int | None = None, error: str = "", deadli
 
     def run(db: Database) -> None:
         if step_index is not None:
-            note_doubt(db, fence, step_index, error, deadline_at, overdue=True)
+            note_overdue(db, fence, step_index, error, deadline_at)
         db.write_unless_locked(db.sql.owned.give_up, {"id_": fence.saga_id, "epoch_": fence.epoch})
 
     return Call("give_up", Kind.SEVERAL, run, fence.saga_id, step_index)

@@ -23,8 +23,8 @@ TEXT = Text()
 
 _BINDS: Mapping[str, TypeEngine[Any]] = {
     "id_": BIGINT, "index_": _INTEGER, "at_": BIGINT, "epoch_": BIGINT, "until_": BIGINT, "since_": BIGINT,
-    "before_": BIGINT, "limit_": BIGINT, "skip_": BIGINT, "deadline_": BIGINT, "run_at_": BIGINT, "lease_": BIGINT,
-    "version_": _INTEGER, "given_": _INTEGER, "undo_": _INTEGER,
+    "before_": BIGINT, "limit_": BIGINT, "skip_": BIGINT, "deadline_": BIGINT, "seen_": BIGINT, "run_at_": BIGINT,
+    "lease_": BIGINT, "version_": _INTEGER, "given_": _INTEGER, "undo_": _INTEGER,
 }  # fmt: skip
 
 

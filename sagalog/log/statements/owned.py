@@ -122,17 +122,18 @@ class OwnedStatements(SagaStatements, StepStatements):
     @cached_property
     def note_doubt(self) -> Statement:
         """What was raised last, if something was, and until when a try may still be under way."""
-        return self._note(bind("deadline_"))
+        return self._note(bind("deadline_"), self.step.c.deadline_at.is_not_distinct_from(bind("seen_")))
 
     @cached_property
     def note_overdue(self) -> Statement:
         """The same; what was begun elsewhere before may be under way for longer."""
-        return self._note(Greater(func.coalesce(self.step.c.deadline_at, literal_column("0")), bind("deadline_")))
+        until = Greater(func.coalesce(self.step.c.deadline_at, literal_column("0")), bind("deadline_"))
+        return self._note(until, true())
 
-    def _note(self, until: ColumnElement[int]) -> Statement:
+    def _note(self, until: ColumnElement[int], also: ColumnElement[bool]) -> Statement:
         return Statement(
             update(self.step)
-            .where(self._this_step, self.step.c.state == literal(StepState.PENDING), self._may_write)
+            .where(self._this_step, self.step.c.state == literal(StepState.PENDING), also, self._may_write)
             .values(error=func.coalesce(bind("error_"), self.step.c.error), deadline_at=until)
         )
 
