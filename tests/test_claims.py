@@ -145,8 +145,8 @@ def test_a_start_whose_answer_was_lost_is_recognised(own_log: SagaLog) -> None:
     assert own_log.max_saga_id() == 1
 
 
-def test_a_start_that_was_lost_is_given_back_once_the_log_answers(own_log: SagaLog) -> None:
-    shop = Shop()
+def test_a_start_that_was_lost_is_told_as_unknown_and_given_back_once_the_log_answers(own_log: SagaLog) -> None:
+    shop, is_known = Shop(), iter([False])
     with SagaCoordinator(own_log, shop.bus) as coordinator, SagaCoordinator(own_log, shop.bus) as another:
         reserving(another)
         saga = reserving(coordinator)
@@ -156,14 +156,45 @@ def test_a_start_that_was_lost_is_given_back_once_the_log_answers(own_log: SagaL
                 raise LogUnavailable("release", "the connection is gone")
             given = answer(effect)
             if isinstance(effect, Write) and effect.operation.asked == "run":
-                raise LogUnavailable("run", "the connection ended before the answer")
+                known = next(is_known, True)  # of the last tries it is known that they wrote nothing
+                raise LogUnavailable("run", "the connection ended before the answer", unknown=not known)
             return given
 
         coordinator.interpose = losing
-        with pytest.raises(LogUnavailable):
+        with pytest.raises(LogUnavailable) as lost:
             coordinator.run(saga, 5)
+        assert lost.value.unknown
         assert until(lambda: another.recover().compensated) == [1]
     assert shop.verbs == []
+
+
+@pytest.mark.parametrize("what", ["run", "claim"])
+def test_what_comes_to_be_in_the_log_after_its_process_gave_up_is_given_back(own_log: SagaLog, what: str) -> None:
+    """As a request does that was held back on its way to a server."""
+    shop, sent = Shop(), list[Any]()
+    with SagaCoordinator(own_log, shop.bus, lease=0.6) as here, SagaCoordinator(own_log, shop.bus) as there:
+        saga = reserving(here)
+        reserving(there)
+        here.run(saga, 1)
+        if what == "claim":
+            beginning_elsewhere(own_log, "reserving")
+
+        def holding_back(effect: Any, answer: Callable[[Any], Any]) -> Any:
+            if isinstance(effect, Write) and effect.operation.asked == what:
+                sent.append(effect.operation)
+                raise LogUnavailable(what, "the connection is gone")
+            return answer(effect)
+
+        here.interpose = holding_back
+        if what == "run":
+            with pytest.raises(LogUnavailable):
+                here.run(saga, 2)
+        else:
+            assert list(here.recover().errors) == [2]
+        own_log._bind.perform(sent[0])
+        assert own_log.get(2).executor_id == here.executor_id
+        assert until(lambda: there.recover().compensated) == [2]
+    assert shop.verbs == ["reserve"]
 
 
 def test_a_start_that_is_cancelled_is_recovered_by_another_process(sqlite_path: Any) -> None:

@@ -30,6 +30,7 @@ from sagalog import (
     StepInfo,
 )
 from sagalog.coordinator.effects import Effect, Write
+from tests import troubled
 from tests.coordinating import (
     Charge,
     Killed,
@@ -130,6 +131,37 @@ def test_a_step_whose_row_was_cut_off_was_not_sent_and_what_came_before_is_undon
     assert (failed.value.outcome, shop.calls) == ("compensated", ["reserve", "release"])
     assert stage.states() == [("Reserve", "compensated"), ("Charge", "failed"), ("Release", "compensated")]
     assert stage.log.get(1).steps[1].output == {"error": "it was cut off before it was sent"}
+
+
+def test_a_row_that_was_cut_off_and_comes_to_be_in_the_log_while_the_saga_is_undone_was_not_sent(
+    own_log: SagaLog,
+) -> None:
+    lamps, sent = troubled.Shop(), list[Any]()
+
+    def holding_back(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        if isinstance(effect, Write) and effect.operation.asked == "dispatch" and effect.operation.step_index == 1:
+            sent.append(effect.operation)
+            raise asyncio.CancelledError
+        if isinstance(effect, Write) and effect.operation.asked == "terminate(compensated)" and sent:
+            own_log._bind.perform(sent.pop())
+        return answer(effect)
+
+    with SagaCoordinator(own_log, lamps.bus) as coordinator:
+        coordinator.interpose = holding_back
+
+        @coordinator.saga("order")
+        def order(ctx: Any) -> None:
+            ctx.dispatch(troubled.Reserve())
+            try:
+                ctx.dispatch(troubled.Reserve())
+            except asyncio.CancelledError:
+                raise ValueError("undo it") from None
+
+        with pytest.raises(SagaFailed) as failed:
+            coordinator.run(order)
+    assert failed.value.outcome == "compensated"
+    assert lamps.verbs == ["reserve", "release"]
+    assert sorted(step.state for step in own_log.get(1).steps) == ["compensated", "compensated", "failed"]
 
 
 def test_nothing_is_dispatched_after_a_call_that_was_cut_off(stage: Stage) -> None:

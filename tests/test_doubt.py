@@ -27,6 +27,7 @@ from sagalog import (
 )
 from sagalog.coordinator.effects import Write
 from sagalog.log import owned_steps, owning
+from sagalog.log.database import Call, Kind
 from sagalog.log.fencing import Fence
 from sagalog.moments import to_ms
 from tests.coordinating import Killed, Order, Shop, Stage, placing, recoverer
@@ -149,6 +150,26 @@ def test_a_saga_that_is_given_up_keeps_the_time_of_what_was_sent_before(own_log:
     (step,) = own_log.get(drawn.saga_id).steps
     assert step.deadline_at is not None
     assert (to_ms(step.deadline_at), step.error) == (9_000, "late")
+
+
+def test_a_doubt_that_lands_late_changes_nothing_that_was_written_after_it(own_log: SagaLog) -> None:
+    drawn = own_log._bind.perform(owning.begin_saga("s", "null", key=None, version=1, executor_id="me"))
+    fence = Fence(drawn.saga_id, 1)
+    doubt = owned_steps.doubt_step(fence, 0, "of the first try", 2_000, 1_000)
+    for operation in (
+        owned_steps.begin_step(fence, 0, "do", "null", 1_000, cancellable=True),
+        doubt,
+        doubt,  # its answer was lost
+        owned_steps.try_again(fence, 0, 3_000, 2_000),
+        owned_steps.doubt_step(fence, 0, "of the second", 4_000, 3_000),
+    ):
+        own_log._bind.perform(operation)
+    late = {"id_": fence.saga_id, "index_": 0, "epoch_": 1, "error_": "late", "deadline_": 2_000, "seen_": 1_000}
+    landed = Call("late", Kind.WRITE, lambda db: db.write(db.sql.owned.note_doubt, late))
+    assert own_log._bind.perform(landed) == 0
+    (step,) = own_log.get(drawn.saga_id).steps
+    assert step.deadline_at is not None
+    assert (to_ms(step.deadline_at), step.error) == (4_000, "of the second")
 
 
 def test_a_step_is_not_tried_again_once_its_wait_would_outlast_its_key(stage: Stage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import tempfile
 import traceback
 import warnings
@@ -291,6 +292,32 @@ def test_a_transactional_handler_whose_connection_is_lost_did_nothing_and_is_tri
         assert connection.execute(text("SELECT count(*) FROM note")).scalar_one() == 1
     assert len(tries) == 2
     direct.dispose()
+
+
+class SoftLimit(Exception):
+    """As the time limit of a task queue raises it, in a signal's handler."""
+
+
+def test_what_a_signals_handler_raises_in_the_middle_of_a_write_is_no_fault_of_the_database(postgres_url: str) -> None:
+    engine = create_engine(postgres_url)
+    log = SagaLog(engine)
+    log.start_saga(1, "s", None)
+
+    def limit(*_: object) -> None:
+        raise SoftLimit
+
+    before = signal.signal(signal.SIGALRM, limit)
+    try:
+        with engine.connect() as other:
+            other.execute(text("SELECT 1 FROM saga FOR UPDATE"))
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(SoftLimit):
+                log.mark_compensating(1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert log.get(1).saga_id == 1
+    engine.dispose()
 
 
 def test_a_serialization_failure_and_a_deadlock_are_told(postgres_url: str) -> None:
