@@ -222,7 +222,10 @@ def test_a_start_that_is_cancelled_is_recovered_by_another_process(sqlite_path: 
             here.interpose = cancelling
             with pytest.raises(asyncio.CancelledError):
                 await here.run(empty, 1)
-            return (await there.recover()).compensated
+            async with asyncio.timeout(LONGEST):
+                while not (recovered := (await there.recover()).compensated):
+                    await asyncio.sleep(0.01)  # until the lease's thread has given it back
+            return recovered
 
     assert asyncio.run(main()) == [1]
 
