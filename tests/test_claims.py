@@ -223,8 +223,9 @@ def test_a_start_that_is_cancelled_is_recovered_by_another_process(sqlite_path: 
             with pytest.raises(asyncio.CancelledError):
                 await here.run(empty, 1)
             async with asyncio.timeout(LONGEST):
-                while not (recovered := (await there.recover()).compensated):
-                    await asyncio.sleep(0.01)  # until the lease's thread has given it back
+                recovered: list[int] = []
+                while not recovered:  # until the lease's thread has given it back
+                    recovered = (await there.recover()).compensated
             return recovered
 
     assert asyncio.run(main()) == [1]
