@@ -63,6 +63,7 @@ class Executor:
         self.given_up: set[Fence] = set()
         self.coming: set[object] = set()
         self.claiming: dict[int, Fence] = {}
+        self._idle: tuple[set[Fence], set[object]] = set(), set()
         self.owed = Owed(self._gave_up)
         self._changing = threading.RLock()  # a signal's handler may close the coordinator
         self._thread: threading.Thread | None = None
@@ -229,8 +230,10 @@ class Executor:
             apart.close()
 
     def _gave_back_orphans(self, executor_id: str, apart: Apart, renew: Callable[[], object]) -> bool:
-        """Whether all is given back that the log holds as this process's and nobody here works on, or is about to."""
-        coming = self.coming.copy()
+        """Whether all is given back that the log holds as this process's and nobody here works on, or is about to.
+
+        Two looks tell: whatever was about to be worked on at the first one has come to be in `active` by the second.
+        """
         held: list[Fence] = []
 
         def look(db: Database) -> None:
@@ -238,17 +241,19 @@ class Executor:
 
         if self._attempt(apart, Call("held", Kind.READ, look), "sagas may stay here") is None:
             return False
-        orphans = [fence for fence in held if fence.saga_id not in self.active]
-        if orphans and not coming.isdisjoint(self.coming):
-            return False  # one of them may be what was coming then, and is not in `active` yet
-        all_given_back = True
+        coming = self.coming.copy()  # after the look, and before `active`: in this order a saga moves through them
+        idle = {fence for fence in held if fence.saga_id not in self.active}
+        before, came_before = self._idle
+        if not came_before.isdisjoint(coming):
+            return False
+        orphans = idle & before
         for fence in orphans:
-            if fence.saga_id not in self.active:
-                renew()  # each may wait for a lock
-                release = owning.release(fence, executor_id, counted=True)
-                given_back = self._attempt(apart, release, f"saga {fence.saga_id} stays here") is not None
-                all_given_back = all_given_back and given_back
-        return all_given_back
+            renew()  # each may wait for a lock
+            release = owning.release(fence, executor_id, counted=True)
+            if self._attempt(apart, release, f"saga {fence.saga_id} stays here") is not None:
+                idle.discard(fence)
+        self._idle = idle, coming
+        return not idle
 
     @property
     def _pause(self) -> float:

@@ -92,7 +92,8 @@ class _Slots:
         """Note that a saga was given up, or could not be."""
         if error is not None:
             _log.warning("saga %s could not be given up: %s", fence.saga_id, error)
-        self.core.executor.active.pop(fence.saga_id, None)
+        if self.core.executor.holds(fence):
+            self.core.executor.active.pop(fence.saga_id, None)
 
     def left_running(self) -> None:
         """The database does not answer, so nothing could be given up: the lease runs out by itself."""

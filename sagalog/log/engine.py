@@ -181,15 +181,18 @@ class EngineBind:
             except SagaLogError as error:
                 refusal = error
             driver.autocommit = was_autocommit
-        except (dialect.loaded_dbapi.Error, SQLAlchemyError, OSError) as error:
+        except Exception as error:
             lost = dialect.is_disconnect(error, driver, None)  # type: ignore[arg-type]
+            if not (lost or isinstance(error, (dialect.loaded_dbapi.Error, SQLAlchemyError, OSError))):
+                connected.invalidate()
+                raise  # a signal's handler may raise anything
             if lost:
                 # As Core does: every connection of the pool that is as old is opened anew.
                 self._engine.pool._invalidate(connected, error)
             else:
                 connected.invalidate(error)
             raise DBAPIError(None, None, error, hide_parameters=True, connection_invalidated=lost) from error
-        except BaseException:  # a signal's handler may raise anything
+        except BaseException:
             connected.invalidate()
             raise
         finally:
