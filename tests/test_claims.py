@@ -26,6 +26,8 @@ from sagalog import (
 )
 from sagalog.coordinator.effects import Write
 from sagalog.errors import LogUnavailable
+from sagalog.log import claiming as claiming_in_the_log
+from sagalog.log.database import Call, Kind
 from tests.processes import LONGEST, until
 from tests.troubled import (
     Done,
@@ -195,6 +197,44 @@ def test_what_comes_to_be_in_the_log_after_its_process_gave_up_is_given_back(own
         assert own_log.get(2).executor_id == here.executor_id
         assert until(lambda: there.recover().compensated) == [2]
     assert shop.verbs == ["reserve"]
+
+
+def test_a_start_that_comes_to_be_in_the_log_while_its_process_looks_there_stays_its_own(
+    own_log: SagaLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks, owners, held = list[int](), list[str | None](), claiming_in_the_log.held
+    looking, written = threading.Event(), threading.Event()
+
+    def slowly(executor_id: str) -> Any:
+        def look(db: Any) -> Any:
+            looks.append(1)
+            looking.set()
+            written.wait(LONGEST)
+            return held(executor_id).run(db)
+
+        return Call("held", Kind.READ, look)
+
+    def reserve(step: StepInfo) -> Done:
+        owners.append(own_log.get(step.saga_id).executor_id)
+        return Done()
+
+    with SagaCoordinator(own_log, Shop(reserve=reserve).bus, lease=1.0) as coordinator:
+        saga, me = reserving(coordinator), coordinator.executor_id
+
+        def late(effect: Any, answer: Callable[[Any], Any]) -> Any:
+            given = answer(effect)
+            if isinstance(effect, Write) and effect.operation.asked == "run":
+                written.set()
+                until(lambda: len(looks) > 2 or own_log.get(2).executor_id is None)
+            return given
+
+        coordinator.run(saga, 1)
+        monkeypatch.setattr(claiming_in_the_log, "held", slowly)
+        coordinator._core.executor.look_for_orphans()
+        assert looking.wait(LONGEST)
+        coordinator.interpose = late
+        assert coordinator.run(saga, 2) == 2
+    assert owners == [me, me]
 
 
 def test_a_start_that_is_cancelled_is_recovered_by_another_process(sqlite_path: Any) -> None:

@@ -465,7 +465,7 @@ def test_a_statement_that_ends_a_transactional_handlers_transaction_is_refused(
 
         @stage.bus.handler(transactional=True, read_only=True)
         async def akeep(cmd: Keep, session: AsyncSession) -> int:
-            await session.execute(insert)
+            await session.execute(text("/* a box */\n" * 60 + str(insert)))
             async with session.begin_nested() as nested:
                 await session.execute(insert)
                 await nested.rollback()
@@ -476,7 +476,7 @@ def test_a_statement_that_ends_a_transactional_handlers_transaction_is_refused(
 
         @stage.bus.handler(transactional=True, read_only=True)
         def keep(cmd: Keep, session: Session) -> int:
-            session.execute(insert)
+            session.execute(text("/* a box */\n" * 60 + str(insert)))
             with session.begin_nested() as nested:
                 session.execute(insert)
                 nested.rollback()
