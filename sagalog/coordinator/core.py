@@ -201,7 +201,7 @@ class Core:
             raise
         except BaseException as error:
             if not (isinstance(error, SagaFailed) and error.outcome in _ENDED):
-                is_left = True
+                is_left = True  # also if what comes next is interrupted
                 is_left = not await self._gave_back(fence)
             raise
         finally:

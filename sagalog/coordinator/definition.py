@@ -18,8 +18,9 @@ from sagalog.coordinator.signature import (
 )
 from sagalog.errors import PayloadError, UnusableHandler
 from sagalog.moments import is_seconds
-from sagalog.payload import check_had_back, check_text, decode, decode_as, unreadable
+from sagalog.payload import check_text, decode, decode_as, unreadable
 from sagalog.plain import plain_check
+from sagalog.read_back import check_had_back
 
 
 @dataclass(frozen=True, slots=True)

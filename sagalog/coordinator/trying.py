@@ -20,7 +20,8 @@ from sagalog.errors import (
 from sagalog.log import owned_steps, reading
 from sagalog.log.database import Call, Database, Operation
 from sagalog.moments import now_ms
-from sagalog.payload import check_had_back, encode, printable
+from sagalog.payload import encode, printable
+from sagalog.read_back import check_had_back
 from sagalog.states import StepState
 
 ONCE: Final = Retry(attempts=1)
