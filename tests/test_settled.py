@@ -167,6 +167,24 @@ def test_a_saga_that_somebody_gives_to_a_person_is_not_undone_by_the_process_tha
     assert shop.calls == ["reserve", "release"]
 
 
+def test_nobody_but_its_coordinator_begins_a_step_of_a_saga_that_it_works_on(stage: Stage) -> None:
+    Shop(stage.bus)
+    coordinator = stage.coordinator()
+    executors: list[str] = []
+
+    @coordinator.saga("order")
+    def order(ctx: Any) -> None:
+        ctx.dispatch(Reserve(sku="book"))
+        executors.append(stage.log.get(ctx.saga_id).executor_id)
+        with pytest.raises(InvalidTransition, match="works on the saga") as refused:
+            stage.log.start_step(ctx.saga_id, 1, "Charge", Charge(amount=7))
+        assert (refused.value.step_index, refused.value.found) == (1, executors[0])
+        ctx.dispatch(Charge(amount=7))
+
+    coordinator.run("order")
+    assert [step.state for step in stage.log.get(1).steps] == ["succeeded"] * 2
+
+
 def test_a_retry_that_meets_the_same_trouble_does_not_say_it_again(stage: Stage) -> None:
     shop = Shop(stage.bus, retry=Retry(attempts=1))
     shop.fails("refund", *[ConnectionError("no answer")] * 20)

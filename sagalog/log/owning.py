@@ -117,8 +117,10 @@ def failed(fence: Fence, reason: str) -> Operation[None]:
 
 
 class _Complete(Move):
+    # Its snapshot may be older than its lock: of a saga with an executor only that one begins steps, and it has ended.
     __slots__ = ()
     asked = "complete"
+    kind = Kind.WRITE
     target = SagaState.COMPLETED
 
     def __init__(self, saga_id: int, result_json: str) -> None:

@@ -177,7 +177,7 @@ class Move(Decided):
     by: ClassVar[tuple[Actor, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        if hasattr(cls, "target"):  # what looks at the saga's steps locks the saga first
+        if hasattr(cls, "target") and "kind" not in vars(cls):  # what looks at the saga's steps locks the saga first
             cls.kind = Kind.LOCKED if cls.target in OUTSTANDING else Kind.WRITE
 
     def __init__(self, saga_id: int, reason: str | None) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Self
 
-from sagalog.errors import SagaLogError, StepExists, StepNotFound
+from sagalog.errors import InvalidTransition, SagaLogError, StepExists, StepNotFound
 from sagalog.log.database import Call, Database, Kind, Operation
 from sagalog.log.fencing import head_of
 from sagalog.log.guarded import Changed, Decided, refused_by_saga, saga_refused, step_refused
@@ -29,7 +29,18 @@ class _StartStep(Decided):
         for name, state, cmd, *_ in db.fetch(db.sql.step_row, id_=saga_id, index_=index):
             same = name == mine["name_"] and cmd == mine["cmd_"]
             return StepExists(self.asked, saga_id, mine["index_"], found=state, identical=same)
-        return refused_by_saga(db, self.asked, saga_id, index, OPEN_FOR_STEPS)
+        refusal = refused_by_saga(db, self.asked, saga_id, index, OPEN_FOR_STEPS)
+        executor_id = head_of(db, self.asked, saga_id, index)[7]
+        if executor_id is None or not isinstance(refusal, Changed):
+            return refusal
+        return InvalidTransition(
+            self.asked,
+            f"the coordinator {executor_id} works on the saga, and begins its steps itself",
+            saga_id=saga_id,
+            step_index=index,
+            found=executor_id,
+            hint="Dispatch it in the saga's function; after a crash recovery takes the saga over.",
+        )
 
 
 def start_step(saga_id: int, step_index: int, name: str, cmd: Payload) -> Operation[None]:
@@ -45,7 +56,7 @@ def start_step(saga_id: int, step_index: int, name: str, cmd: Payload) -> Operat
         PayloadError: An argument cannot be stored; nothing was sent.
         SagaNotFound: `start_saga` comes first.
         StepExists: The index is taken, also by an earlier try of this call: see `identical`.
-        InvalidTransition: The saga is neither running nor compensating.
+        InvalidTransition: The saga is neither running nor compensating, or a coordinator works on it.
     """
     asked = "start_step"
     check_step(saga_id, step_index, asked)

@@ -28,7 +28,9 @@ class StepStatements(Tables):
 
     @cached_property
     def start_step(self) -> Statement:
-        return Statement(self._insert_step(OPEN_FOR_STEPS, self._pending_step).on_conflict_do_nothing())
+        """A pending row; not in a saga that a coordinator works on, which would not know of it."""
+        nobodys = self.saga.c.executor_id.is_(None)
+        return Statement(self._insert_step(OPEN_FOR_STEPS, self._pending_step, nobodys).on_conflict_do_nothing())
 
     @cached_property
     def append_recovery_step(self) -> Statement:
