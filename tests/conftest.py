@@ -332,6 +332,16 @@ def own_log(migrated_url: str) -> Iterator[SagaLog]:
 
 
 @pytest.fixture
+def stocked(migrated_url: str) -> Iterator[Engine]:
+    """A host's engine, with a table `stock` of the host's own."""
+    engine = create_engine(migrated_url)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE stock (amount INTEGER)"))
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
 def bare(sqlite_path: Path) -> Iterator[sqlite3.Connection]:
     """The standard library on the test's file."""
     connection = sqlite3.connect(sqlite_path, isolation_level=None)

@@ -61,6 +61,14 @@ class Refund(Command[None]):
     amount: int
 
 
+class Keep(Command[int]):
+    """Commits a row with its step."""
+
+
+class Unkeep(Command[None]):
+    """Undoes it."""
+
+
 class Killed(BaseException):
     """What stops a process: no Exception, so nothing is undone."""
 
@@ -306,3 +314,8 @@ def recoverer(stage: Stage, then: Any = None, bus: CommandBus | None = None, **o
     coordinator = stage.coordinator(bus, **options)
     placing(coordinator, then, version=version, resumes=resumes)
     return coordinator
+
+
+def notes(stage: Stage) -> list[str]:
+    """The rows of a host's table `note`."""
+    return [row[0] for row in stage.sql("SELECT body FROM note")]

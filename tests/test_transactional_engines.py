@@ -17,7 +17,6 @@ from sqlalchemy.pool import StaticPool
 from sagalog import (
     AsyncSagaCoordinator,
     AsyncSagaLog,
-    Command,
     CommandBus,
     SagaCoordinator,
     SagaFailed,
@@ -25,16 +24,8 @@ from sagalog import (
     UnusableBind,
     migrations,
 )
+from tests.coordinating import Keep
 from tests.troubled import Done, Reserve, reserving
-
-
-class Keep(Command[int]):
-    """Commits a row with its step."""
-
-
-class Unkeep(Command[None]):
-    """Undoes it."""
-
 
 # Threads and loops
 
