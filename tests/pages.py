@@ -34,6 +34,10 @@ def blocks(page: Path) -> list[Block]:
     return [block for block in found if block.language in ("python", "console", "bash", "sh", "toml", "ini")]
 
 
+INSTALLING = [name for name, page in PAGES.items() if any(block.reason == INSTALLS for block in blocks(page))]
+"""The pages that begin with installing: they run on a wheel only."""
+
+
 def of_a_user(**more: str) -> dict[str, str]:
     """The environment of a user, with nothing in it of the test run that asks."""
     own = ("PYTEST_", "SHOP_", "COV_", "SAGALOG_")

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import INSTALLS, PAGES, blocks, run_page
+from pages import INSTALLING, INSTALLS, PAGES, blocks, run_page
 
 import sagalog
 import sagalog.migrations
@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 NOT_RUN = 2
 """So many blocks may be marked as not run, besides those that install something; each says why."""
 
-RUN_ELSEWHERE = {"reference/cli": "tests/test_cli_docs.py"}
+RUN_ELSEWHERE = {
+    "reference/cli": "tests/test_cli_docs.py",
+    **dict.fromkeys(INSTALLING, "tests/test_examples.py, on a wheel"),
+}
 RUNNING = [
     name
     for name, path in PAGES.items()

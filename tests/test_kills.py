@@ -62,6 +62,7 @@ def test_a_process_that_sleeps_through_a_take_over_writes_nothing_afterwards(wor
     assert [str(case) for case in cases if case.problems] == []
 
 
+@pytest.mark.parametrize("world", ["sqlite-normal", "postgres"], indirect=True)
 def test_a_process_that_wakes_up_while_another_recovers_its_saga_writes_nothing(world: World) -> None:
     """The saga is open still, and only the epoch keeps its former owner out."""
     cases = list(zombies(world, Scenario(1, "raises", 0, "compensate", "stop", retried=False), within=True))
