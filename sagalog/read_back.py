@@ -47,7 +47,8 @@ def check_had_back(
             step_index=step_index,
             found=type(value).__name__,
             hint="Tell classes that look alike apart by Field(discriminator=...), name a secret in place of it, and "
-            "let each field be read from where it is written: see alias=, ser_json_bytes=, dataclasses.field(init=).",
+            "let each field be read from where it is written, as what is written: see alias=, ser_json_bytes=, "
+            "dataclasses.field(init=), and validators that change a value again.",
         )
 
 
@@ -80,7 +81,11 @@ def _changed_by_json(kind: Any, value: Any, back: Any) -> str | None:
             lost = _lost(one, other)
             if lost is not None:
                 return f"the {lost!r} of a {type(one).__name__} is not read back"
-            pending.extend((_said_of(other, name), item, getattr(other, name, None)) for name, item in _items_of(one))
+            pending.extend(
+                (_said_of(other, name), item, getattr(other, name, None))
+                for name, item in _items_of(one)
+                if not _is_left_out(one, name)
+            )
         elif isinstance(one, bytes) and isinstance(other, bytes):
             if one != other:
                 return "its bytes are written in one way, and read in another"
@@ -103,8 +108,24 @@ def _changed_by_json(kind: Any, value: Any, back: Any) -> str | None:
                 return "the keys of a dict are not read back as they are"
             pending.extend((said, *items) for items in zip(one.values(), other.values(), strict=True))
         elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
-            pending.extend((said, *items) for items in zip(one, other, strict=False))
+            if len(one) != len(other):
+                return f"a {type(one).__name__} reads back as one of another length"
+            if hasattr(one, "_fields") and hasattr(other, "_fields") and type(one) is not type(other):
+                return _reads_as(one, other)
+            pending.extend((said, *items) for items in zip(one, other, strict=True))
+        elif type(one) is type(other) and _is_changed(one, other):
+            return _reads_as(one, other)
     return None
+
+
+def _is_changed(one: Any, other: Any) -> bool:
+    """Whether two plain values of a class are not equal, by what the class itself says of that."""
+    if type(one).__eq__ is object.__eq__:  # type: ignore[comparison-overlap]
+        return False
+    try:
+        return bool(one != other) and bool(one == one)
+    except Exception:  # an array, say
+        return False
 
 
 def _moment_of(value: Any) -> Any:
@@ -137,7 +158,7 @@ def _is_read(one: Any, other: Any, name: str) -> bool:
     field, held = of_one.get(name), of_other.get(name)
     if field is None and held is None:
         return name in (getattr(other, "__pydantic_extra__", None) or {})
-    if field is not None and (field.exclude or field.exclude_if):
+    if _is_left_out(one, name):
         return True  # as its class says
     if field is None or held is None:
         return False
@@ -148,6 +169,12 @@ def _is_read(one: Any, other: Any, name: str) -> bool:
         return written == name
     names = read.choices if isinstance(read, AliasChoices) else [read]
     return config.get("validate_by_alias") is not False and written in names
+
+
+def _is_left_out(record: Any, name: str) -> bool:
+    """Whether its class says that a field is not written."""
+    field = (getattr(type(record), "__pydantic_fields__", None) or {}).get(name)
+    return field is not None and bool(field.exclude or field.exclude_if)
 
 
 def _is_more(value: Any) -> bool:

@@ -29,6 +29,7 @@ from sagalog.log.sharing import SharingBind
 
 STAGES = ("file", "engine-sqlite", "postgres", "async-file", "async-sqlite", "async-postgres", "carried-postgres")
 """The last: on psycopg, where each write of the log goes the way of those that share a transaction."""
+ON_SQLITE = tuple(name for name in STAGES if not name.endswith("postgres"))
 ON_POSTGRES = tuple(name for name in STAGES if name.endswith("postgres"))
 
 

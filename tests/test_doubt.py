@@ -204,6 +204,33 @@ def test_nothing_is_sent_again_once_writing_that_took_longer_than_its_key_lasts(
     assert shop.verbs == ["reserve"]
 
 
+def test_a_read_only_step_that_is_too_late_to_be_asked_again_has_failed(own_log: SagaLog) -> None:
+    bus, asked, kinds = CommandBus(), [], []
+
+    @bus.handler(read_only=True, idempotent=True, retry=Retry(attempts=2, initial=0.0, within=timedelta(seconds=1)))
+    def look(cmd: Reserve, step: StepInfo) -> Done:
+        asked.append(cmd)
+        raise OSError("down")
+
+    def slowly(effect: Any, answer: Any) -> Any:
+        answered = answer(effect)
+        if isinstance(effect, Write) and effect.operation.asked == "doubt_step":
+            time.sleep(1.1)
+        return answered
+
+    with SagaCoordinator(own_log, bus) as coordinator:
+        coordinator.interpose = slowly
+
+        @coordinator.saga("looks")
+        def looks(ctx: Any) -> None:
+            with pytest.raises(StepFailed) as failure:
+                ctx.dispatch(Reserve())
+            kinds.append(failure.value.kind)
+
+        coordinator.run("looks")
+    assert (kinds, len(asked)) == (["failed"], 1)
+
+
 def test_the_first_of_several_in_doubt_is_told(own_log: SagaLog) -> None:
     bus, second_is_over, told = CommandBus(), threading.Event(), list[int | None]()
 

@@ -14,6 +14,8 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PlainSerializer,
+    PlainValidator,
     PrivateAttr,
     SecretStr,
     field_serializer,
@@ -147,13 +149,36 @@ class Number(IntEnum):
     ONE = 1
 
 
-class Doubling(BaseModel):
-    number: int
+class Lowered(BaseModel):
+    word: str
 
-    @field_validator("number")
+    @field_validator("word")
     @classmethod
-    def double(cls, number: int) -> int:
-        return number * 2
+    def lower(cls, word: str) -> str:
+        return word.lower()
+
+
+class Token:
+    """It says nothing of when two are equal."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def __repr__(self) -> str:
+        return f"Token({self.word})"
+
+
+def token_of(given: Any) -> Token:
+    return given if isinstance(given, Token) else Token(given)
+
+
+class HoldsToken(BaseModel):
+    token: Annotated[Token, PlainValidator(token_of), PlainSerializer(lambda token: token.word)]
+
+
+class LeavesOut(BaseModel):
+    number: int
+    cache: str = Field(default="", exclude=True)
 
 
 class HoldsOne(BaseModel):
@@ -183,7 +208,9 @@ COMMANDS = [
     *(Holds(value=value) for value in (Word.ONE, Number.ONE, (1, 2), {1: 2}, MOMENT, [Word.ONE], {"a": [None, 1.0]})),
     HoldsOne(one=One(number=1), more={"a": True}),
     HoldsOne(one=One.model_construct(number="1")),
-    Doubling(number=1),
+    Lowered(word="A"),
+    HoldsToken(token=Token("a")),
+    LeavesOut(number=1, cache="b"),
     hides,
     Exact(number=1, words=["a"]),
     Exact.model_construct(number=1),

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import pytest
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Json,
+    PlainSerializer,
     SecretStr,
     computed_field,
 )
@@ -60,6 +63,14 @@ class Computed(BaseModel):
     @property
     def two(self) -> int:
         return 2
+
+
+class Euros(NamedTuple):
+    amount: int
+
+
+class Pence(NamedTuple):
+    amount: int
 
 
 class Pair(Enum):
@@ -183,6 +194,18 @@ def test_a_compensation_that_gives_no_command_leaves_the_saga_to_a_person(stage:
     assert failure.value.outcome == "failed_compensation"
 
 
+def test_an_input_that_reads_back_as_another_named_tuple_is_refused(stage: Stage) -> None:
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("pays")
+    def pays(ctx: Any, price: Euros | Pence) -> None:
+        raise AssertionError
+
+    with pytest.raises(PayloadError, match="a Pence reads back as a Euros"):
+        coordinator.run("pays", Pence(7))
+    assert stage.log.max_saga_id() == 0
+
+
 def test_an_input_that_does_not_fit_is_refused_before_anything_is_written(stage: Stage) -> None:
     coordinator = stage.coordinator()
 
@@ -264,6 +287,18 @@ class Holding(BaseModel):
     at: datetime
 
 
+class Doubling(BaseModel):
+    number: Annotated[int, BeforeValidator(lambda number: number * 2)]
+
+
+class Rounded(BaseModel):
+    total: Annotated[Decimal, PlainSerializer(float)]
+
+
+class Cut(BaseModel):
+    lines: Annotated[list[int], AfterValidator(lambda lines: lines[:1])]
+
+
 @pytest.mark.parametrize(
     ("payload", "words"),
     [
@@ -286,6 +321,9 @@ class Holding(BaseModel):
         (Settled(by=Declined(number=1)), "a Declined reads back as a Paid"),
         (Aliased(pence=500), "the 'pence' of a Aliased is not read back"),
         pytest.param(Exactly.model_construct(number=10**400), "a number is too large for a float", id="no float"),
+        (Doubling(number=1), "a int reads back as another one"),
+        (Rounded(total=Decimal("12345678901234567.89")), "a Decimal reads back as another one"),
+        (Cut.model_construct(lines=[1, 2]), "a list reads back as one of another length"),
         (Holding(at=datetime(2026, 1, 2, tzinfo=timezone(timedelta(seconds=15)))), "a datetime reads back as another"),
     ],
     ids=repr,

@@ -295,13 +295,9 @@ def test_a_transactional_handler_whose_flush_failed_did_nothing(stage: Stage, th
     assert sorted(notes(stage)) == (["new", "there"] if again else ["there"])
 
 
-@pytest.mark.parametrize("commits", [True, False])
-def test_a_transaction_that_the_database_gave_up_did_nothing(stage: Stage, commits: bool) -> None:
-    """Only a commit whose answer was lost may have done something."""
-    error = LogUnavailable("commit", "no answer", unknown=commits)
+def dispatched(coordinator: Any) -> str:
+    """What a saga's function is told of a step that did not succeed."""
     told: list[str] = []
-
-    coordinator = note_taking(stage, [error] * 5)
 
     @coordinator.saga("tries")
     def tries(ctx: Any) -> None:
@@ -312,7 +308,38 @@ def test_a_transaction_that_the_database_gave_up_did_nothing(stage: Stage, commi
 
     with suppress(SagaFailed):
         coordinator.run("tries")
-    assert (told, notes(stage)) == (["in_doubt" if commits else "failed"], [])
+    (kind,) = told
+    return kind
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_a_transaction_that_the_database_gave_up_did_nothing(stage: Stage, commits: bool) -> None:
+    """Only a commit whose answer was lost may have done something."""
+    coordinator = note_taking(stage, [])
+
+    def give_up(effect: Any) -> None:
+        if isinstance(effect, Invoke):
+            raise LogUnavailable("commit", "no answer", unknown=commits)
+
+    async def agiving_up(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        give_up(effect)
+        return await answer(effect)
+
+    def giving_up(effect: Any, answer: Callable[[Any], Any]) -> Any:
+        give_up(effect)
+        return answer(effect)
+
+    shell = coordinator.target if stage.asynchronous else coordinator
+    shell.interpose = agiving_up if stage.asynchronous else giving_up
+    assert (dispatched(coordinator), notes(stage)) == ("in_doubt" if commits else "failed", [])
+
+
+@pytest.mark.parametrize("unknown", [True, False])
+def test_another_logs_lost_answer_is_a_failure_of_the_handler_that_asked(stage: Stage, unknown: bool) -> None:
+    trouble: list[BaseException] = [LogUnavailable("submit", "no answer", unknown=unknown)] * 5
+    coordinator = note_taking(stage, trouble)
+    assert (dispatched(coordinator), notes(stage)) == ("failed", [])
+    assert len(trouble) == 4
 
 
 class OwnSession(Session):

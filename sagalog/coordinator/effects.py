@@ -70,6 +70,18 @@ class Info(NamedTuple):
         )
 
 
+class Ending(Protocol):
+    """Makes, of what a transactional handler returned, the operation that commits with its writes.
+
+    Attributes:
+        raised: What came out of the handler itself; anything else is of its transaction.
+    """
+
+    raised: BaseException | None
+
+    def __call__(self, value: Any) -> Operation[None]: ...
+
+
 class Invoke(Effect[R]):
     """Call a handler for one try of a step.
 
@@ -78,7 +90,7 @@ class Invoke(Effect[R]):
         cmd: The command.
         info: What it is told.
         fence: The saga's owner, for whom a handler that hangs is given up.
-        ended: For a transactional handler: makes, of what it returned, the operation that commits with its writes.
+        ended: For a transactional handler.
     """
 
     __slots__ = ("cmd", "ended", "fence", "handler", "info")
@@ -89,7 +101,7 @@ class Invoke(Effect[R]):
         cmd: Any,
         info: Info,
         fence: Fence,
-        ended: Callable[[Any], Operation[None]] | None = None,
+        ended: Ending | None = None,
     ) -> None:
         self.handler = handler
         self.cmd = cmd

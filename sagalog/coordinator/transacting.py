@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, ExceptionContext, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction
 from sqlalchemy.pool import NullPool
 
 from sagalog.coordinator.effects import EndedInside, Invoke
+from sagalog.coordinator.ending_sql import ends_transaction
 from sagalog.coordinator.threads import in_thread
 from sagalog.errors import SagaLogError, UnusableBind
 from sagalog.log.apart import inner_bind, like_engine
+from sagalog.log.bind import in_driver_transaction
 from sagalog.log.caller import CallerBind
 from sagalog.log.connections import file_engine, file_uri
 from sagalog.log.database import Call, Kind, Operation
@@ -89,7 +91,7 @@ class Transactions:
             try:
                 value = effect.handler.function(*effect.arguments(session))
             except Exception as error:
-                raise transaction.told(error) from error
+                raise transaction.told(effect, error) from error
             transaction.end(effect, value)
         finally:
             transaction.close()
@@ -143,7 +145,7 @@ class Transactions:
                 if inspect.isawaitable(value):
                     value = await value
             except Exception as error:
-                raise await session.run_sync(lambda _, raised: transaction.told(raised), error) from error
+                raise await session.run_sync(lambda _, raised: transaction.told(effect, raised), error) from error
             await decided(session.run_sync(lambda _: transaction.end(effect, value)))
         finally:
             await decided(session.run_sync(lambda _: transaction.close()))
@@ -177,7 +179,8 @@ class _Transaction:
         self._turn: Holding | None = None
         self._connection: Connection | None = None
         self._driver: Any = None
-        self._is_rolled_back = self._is_ended_inside = False
+        self._is_rolled_back = self._is_ended_inside = self._was_inside = False
+        self._gave_up: Exception | None = None
         self._listened: list[tuple[object, str, Callable[..., None]]] = []
 
     def begin(self) -> None:
@@ -197,9 +200,13 @@ class _Transaction:
         self._caller.enter(connection, _COMMIT)
         connection.exec_driver_sql(f"SAVEPOINT {_MARK}")
         self._connection, self._is_rolled_back, self._is_ended_inside = connection, False, was_ended
+        self._gave_up = None
+        if connection.dialect.name == "sqlite":
+            _hear_errors(connection.engine)
+            _heard_by[connection] = self
         self._listen(connection, "begin", _refuse_begin)
         self._listen(connection, "rollback", self._look_before_rollback)
-        self._listen(connection, "before_cursor_execute", _refuse_ending)
+        self._listen(connection, "before_cursor_execute", self._before_statement)
         if connection.dialect.driver == "aiosqlite" and self._driver is None:
             self._listen(connection.engine.pool, "invalidate", self._roll_back_what_was_cut_off)
             self._driver = connection.connection.dbapi_connection
@@ -221,7 +228,24 @@ class _Transaction:
         while self._listened:
             event.remove(*self._listened.pop())
 
-    def told(self, error: Exception) -> Exception:
+    def _before_statement(self, connection: Connection, cursor: object, statement: str, *_: object) -> None:
+        if self._gave_up is not None:  # it would be in a transaction of its own
+            raise UnusableBind(
+                "a statement in a transactional handler",
+                f"the database has rolled its transaction back: {self._gave_up}",
+                hint="Raise, or go on after session.rollback().",
+            )
+        if ends_transaction(statement, comments_nest=connection.dialect.name == "postgresql"):
+            _refuse_commit(connection)
+        if connection.dialect.name == "sqlite":
+            self._was_inside = in_driver_transaction(connection.connection)
+
+    def note_error(self, error: Exception, connection: Connection) -> None:
+        """SQLite rolls a transaction back by itself where its disk is full, or a statement or trigger says so."""
+        if self._was_inside and not connection.invalidated and not in_driver_transaction(connection.connection):
+            self._gave_up, self._is_rolled_back = error, True
+
+    def told(self, effect: Invoke[Any], error: Exception) -> Exception:
         """What a handler that raised has done: nothing, if its transaction is still the one that was begun.
 
         Returns:
@@ -234,8 +258,12 @@ class _Transaction:
             return ended
         except Exception as second:
             error = second if _is_given_up(second) else error
+        if self._gave_up is not None and _is_given_up(self._gave_up):
+            error = self._gave_up
         if _is_given_up(error):
             return translate(error, _COMMIT, "the log's database", committing=False)
+        assert effect.ended is not None
+        effect.ended.raised = error
         return error
 
     def end(self, effect: Invoke[Any], value: Any) -> None:
@@ -248,12 +276,14 @@ class _Transaction:
                 nested.commit()  # left open: as their outer one's commit would
             if not self._session.is_active:
                 self._session.connection()  # raises: a flush has failed, and the handler went on all the same
+            if self._gave_up is not None:
+                raise self._gave_up
         except Exception as error:
-            raise self.told(error) from error
+            raise self.told(effect, error) from error
         try:
             self._look_for_mark(f"RELEASE SAVEPOINT {_MARK}")
         except DBAPIError as error:
-            raise self.told(error) from error
+            raise self.told(effect, error) from error
         self._listen_no_more()
         try:
             self._caller.perform(ended)
@@ -282,7 +312,8 @@ class _Transaction:
 
     def _look_before_rollback(self, connection: Connection) -> None:
         """SQLAlchemy is about to roll back, as it does when a flush fails: what the handler has ended it could not."""
-        if self._is_rolled_back:
+        if self._is_rolled_back or connection.invalidated:
+            self._is_rolled_back = True
             return
         try:
             connection.exec_driver_sql(f"ROLLBACK TO SAVEPOINT {_MARK}")
@@ -324,10 +355,6 @@ class _Transaction:
 
 
 _MARK = "sagalog_handler"
-_ENDS = re.compile(
-    r"(?:\s|--[^\n]*\n|/\*.*?\*/)*+(?:COMMIT|END|ABORT|ROLLBACK(?!\s+(?:\w+\s+)?TO\b)|PREPARE\s+TRANSACTION)\b",
-    re.IGNORECASE | re.DOTALL,
-)
 _ENDED = "its transaction was ended by SQL of its own, so what it wrote may be there; leave COMMIT to the coordinator"
 
 
@@ -343,9 +370,21 @@ def _refuse_begin(_: object) -> None:
     )
 
 
-def _refuse_ending(connection: object, cursor: object, statement: str, *_: object) -> None:
-    if _ENDS.match(statement):
-        _refuse_commit(connection)
+_heard_by: WeakKeyDictionary[Connection, _Transaction] = WeakKeyDictionary()
+"""The transactions of transactional handlers on SQLite, by connection."""
+
+
+def _hear_errors(engine: Engine) -> None:
+    """Once an engine, for SQLAlchemy tells nobody else of a statement that failed."""
+    if not event.contains(engine, "handle_error", _note_error):
+        event.listen(engine, "handle_error", _note_error)
+
+
+def _note_error(context: ExceptionContext) -> None:
+    transaction = None if context.connection is None else _heard_by.get(context.connection)
+    error = context.sqlalchemy_exception
+    if transaction is not None and context.connection is not None and error is not None:
+        transaction.note_error(error, context.connection)
 
 
 def _refuse_commit(_: object) -> None:

@@ -18,7 +18,7 @@ from sagalog.errors import (
     where,
 )
 from sagalog.log import owned_steps, reading
-from sagalog.log.database import Call, Database, Operation
+from sagalog.log.database import Operation
 from sagalog.moments import now_ms
 from sagalog.payload import encode, printable
 from sagalog.read_back import check_had_back
@@ -87,7 +87,7 @@ async def tried(
         compensates: What it undoes, if it is an undo.
         repeats: Whether it may have been sent before, and nobody has asked for it to be sent again.
     """
-    attempt, stretched = 1, 1
+    attempt, stretched, did_nothing = 1, 1, False
     key = run.key_of(step.index) if compensates is None else f"{compensates.idempotency_key}:undo"
     transactional = handler.transactional
     called_before = being_called.get()
@@ -102,7 +102,8 @@ async def tried(
             stretched *= 2
             now = now_ms()
         if (attempt > 1 or repeats) and not may_try(step, retry):  # writes take time, and a process may sleep
-            return Doubt(step.error or "it is too old to be tried again under its key", None)
+            too_old = step.error or "it is too old to be tried again under its key"
+            return Refused(too_old, None) if did_nothing else Doubt(too_old, None)
         info = Info(run.saga_id, step.index, attempt, now + left, left / 1000, key, compensates)
         ending = _Ending(run, handler, step, undo=compensates is not None) if transactional else None
         try:
@@ -131,9 +132,11 @@ async def tried(
         except Exception as error:
             if isinstance(error, handler.rejects) and not isinstance(error, OutOfTime):
                 return Refused(reason_of(error), error)
-            if ending is not None and error is ending.lost:
+            # What the handler itself raised may be of some other saga, and of some other log.
+            of_transaction = ending is not None and error is not ending.raised
+            if of_transaction and isinstance(error, LeaseLost):
                 raise run.stop(error) from None
-            given_up = error if isinstance(error, LogUnavailable) else None  # by the database, so it is tried again
+            given_up = error if of_transaction and isinstance(error, LogUnavailable) else None  # so it is tried again
             did_nothing = handler.read_only or (transactional and not (given_up is not None and given_up.unknown))
             if did_nothing and transactional and given_up is None and compensates is None:
                 return Refused(reason_of(error), error)
@@ -168,7 +171,7 @@ async def tried(
             step.note_ended(handler.settle)
             raise
         if run.interrupted or not may_try(step, retry):
-            return Doubt(reason_of(failed), failed)
+            return Refused(reason_of(failed), failed) if did_nothing else Doubt(reason_of(failed), failed)
         attempt += 1
 
 
@@ -238,31 +241,22 @@ class _Ending:
 
     Attributes:
         answer: What the handler returned.
-        lost: The refusal of its commit, if the saga is another process's.
+        raised: What came out of the handler itself.
     """
 
     answer: Succeeded
-    lost: LeaseLost | None
+    raised: BaseException | None
 
     def __init__(self, run: Run, handler: Handler, step: Step, *, undo: bool) -> None:
         self._end = owned_steps.end_undo_once if undo else owned_steps.finish_step_once
         self._run = run
         self._handler = handler
         self._step = step
-        self.lost = None
+        self.raised = None
 
     def __call__(self, value: Any) -> Operation[None]:
         self.answer = _answer(self._run, self._handler, self._step, value)
-        end = self._end(self._run.fence, self._step.index, self.answer.text)
-
-        def run(db: Database) -> None:
-            try:
-                end.run(db)
-            except LeaseLost as lost:  # one out of the handler itself is of some other saga, of some other log perhaps
-                self.lost = lost
-                raise
-
-        return Call(end.asked, end.kind, run, end.saga_id, end.step_index)
+        return self._end(self._run.fence, self._step.index, self.answer.text)
 
 
 def retry_of(handler: Handler) -> Retry:
