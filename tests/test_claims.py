@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sagalog.errors import LogUnavailable
 from sagalog.log import claiming as claiming_in_the_log
 from sagalog.log.database import Call, Kind
 from tests.processes import LONGEST, until
+from tests.signals import interrupted_at
 from tests.troubled import (
     Done,
     Shop,
@@ -379,32 +381,17 @@ def test_a_saga_whose_loop_is_gone_is_given_back(sqlite_path: Path) -> None:
     assert here.executor_id
 
 
-INTERRUPTED = ("core.py", "taking.py", "run.py")
-
-
-def interrupting(number: int) -> Callable[..., Any]:
-    """A trace function that raises at the n-th line of what makes a saga this process's."""
-    left = [number]
-
-    def line(frame: Any, kind: str, _: Any) -> Any:
-        if kind == "line":
-            left[0] -= 1
-            if left[0] == 0:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return line
-
-    return lambda frame, kind, _: line if Path(frame.f_code.co_filename).name in INTERRUPTED else None
+INTERRUPTED = ("coordinator/core.py", "coordinator/taking.py", "coordinator/run.py")
 
 
 @pytest.mark.parametrize("what", ["run", "recover", "retry"])
-def test_a_process_interrupted_at_any_line_keeps_no_saga(sqlite_path: Path, what: str) -> None:
+def test_a_process_interrupted_anywhere_keeps_no_saga(sqlite_path: Path, what: str) -> None:
     """In a notebook the process lives on, and so does its lease."""
     shop, number = Shop(), 0
     with SagaLog.open(sqlite_path, durability="normal") as own_log:
         while True:
             number += 1
-            coordinator = SagaCoordinator(own_log, shop.bus)
+            coordinator = SagaCoordinator(own_log, shop.bus, lease=1.0)
             saga, here = reserving(coordinator), coordinator.executor_id
             left = 0 if what == "run" else beginning_elsewhere(own_log, "reserving")
             if what == "retry":
@@ -414,19 +401,15 @@ def test_a_process_interrupted_at_any_line_keeps_no_saga(sqlite_path: Path, what
                 "recover": lambda: coordinator.recover(),  # noqa: B023
                 "retry": lambda: coordinator.retry(left, note="again", actor="ann"),  # noqa: B023
             }
-            tracing = sys.gettrace()
-            sys.settrace(interrupting(number))
-            try:
+            ended = False
+            with suppress(KeyboardInterrupt), interrupted_at(number, *INTERRUPTED):
                 calls[what]()
+                ended = True
+            if ended:
                 break
-            except KeyboardInterrupt:
-                pass
-            finally:
-                sys.settrace(tracing)
             until(lambda: here not in [own_log.get(left.saga_id).executor_id for left in own_log.unresolved_sagas()])  # noqa: B023
+            coordinator.recover()
+            assert own_log.unresolved_sagas() == []
             coordinator.close()
             assert own_log.executors() == []
-            with SagaCoordinator(own_log, shop.bus) as another:
-                reserving(another)
-                another.recover()
     assert number > 50

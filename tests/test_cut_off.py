@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from sagalog import (
     StepFailed,
     StepInfo,
 )
+from sagalog.coordinator import blocking
 from sagalog.coordinator.effects import Effect, Write
 from tests import troubled
 from tests.coordinating import (
@@ -38,7 +40,9 @@ from tests.coordinating import (
     Reserve,
     Shop,
     Stage,
+    row_held,
 )
+from tests.processes import until
 
 
 class Ask(BaseModel):
@@ -363,6 +367,44 @@ def test_a_signals_exception_goes_on_once_the_steps_side_by_side_have_ended(
             assert ended == ["in time"]
             assert asked == [1]
     finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_an_interrupt_does_not_wait_for_what_steps_side_by_side_cannot_write(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocking, "_ENDS_OF_WRITES", 0.2)
+    bus, heard, ended = CommandBus(), threading.Event(), threading.Event()
+
+    def stop(*_: object) -> None:
+        heard.set()
+        raise KeyboardInterrupt
+
+    @bus.handler(read_only=True, timeout=1.0)
+    def look(cmd: Ask, step: StepInfo) -> None:
+        if step.step_index == 0:
+            held.enter_context(row_held(postgres_url, step.saga_id))
+            threading.Thread(target=interrupt, daemon=True).start()
+
+    def interrupt() -> None:
+        while not heard.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+            ended.wait(0.1)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with ExitStack() as held, SagaLog.open(postgres_url) as log, SagaCoordinator(log, bus) as coordinator:
+
+            @coordinator.saga("together")
+            def together(ctx: SagaContext) -> None:
+                ctx.dispatch_all([Ask(), Ask()])
+
+            with pytest.raises(KeyboardInterrupt):
+                coordinator.run(together)
+            held.close()  # only now
+            until(lambda: [thread for thread in threading.enumerate() if "dispatch" in thread.name] == [])
+    finally:
+        ended.set()
         signal.signal(signal.SIGUSR1, before)
 
 

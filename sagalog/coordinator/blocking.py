@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 Input = TypeVar("Input")
 R = TypeVar("R")
+_ENDS_OF_WRITES = 5.0
+"""Seconds that an interrupted process gives what its threads still write."""
 
 
 class SagaCoordinator(Shell):
@@ -278,7 +280,8 @@ class SagaCoordinator(Shell):
         try:
             for place, flow in enumerate(effect.flows):
                 work = (run, place, flow)
-                thread = threading.Thread(target=copy_context().run, args=work, name=f"sagalog-dispatch-{place}")
+                name = f"sagalog-dispatch-{place}"
+                thread = threading.Thread(target=copy_context().run, args=work, name=name, daemon=True)
                 threads.append(thread)
                 try:
                     thread.start()
@@ -297,11 +300,15 @@ class SagaCoordinator(Shell):
     def _wait_for(self, running: set[int], fence: Fence) -> None:
         """Before a signal's exception goes on: what is running is not undone meanwhile.
 
-        Not longer than the handlers may take: the saga is given up then. Further signals are not told. The threads are
-        not asked: after an interrupted `join`, CPython takes a living one for dead.
+        Not longer than the handlers may take, for the saga is given up then, and than a write does on a log that
+        answers. Further signals are not told. The threads are not asked: after an interrupted `join`, CPython takes a
+        living one for dead.
         """
-        holds, over = self._core.executor.holds, False
+        executor, over, until = self._core.executor, False, 0.0
         while not over:
             with suppress(BaseException):
-                over = not holds(fence) or not running
+                now = time.monotonic()
+                if until == 0.0 or executor.owed.is_watching(fence):
+                    until = now + _ENDS_OF_WRITES
+                over = not executor.holds(fence) or not running or now > until
                 time.sleep(0 if over else MOMENT)

@@ -183,12 +183,14 @@ class Core:
         async def claiming(executor_id: str) -> bool:
             return wanted() and await Write(claim(executor_id))
 
-        if self.executor.claiming.setdefault(fence.saga_id, fence) is not fence:
-            return False
+        saga_id, claims = fence.saga_id, self.executor.claiming
         try:
+            if claims.setdefault(saga_id, fence) is not fence:
+                return False
             return await self._taking(claiming, lambda won: fence if won else None)
-        finally:
-            self.executor.claiming.pop(fence.saga_id, None)  # a forked child has none
+        finally:  # without a call, at which a signal could be heard; a forked child has none
+            if saga_id in claims and claims[saga_id] is fence:
+                del claims[saga_id]
 
     async def owning(self, fence: Fence, flow: Callable[..., Any], *args: Any) -> Any:
         """Work on a saga that this process owns; what it stops working on is given back for recovery."""

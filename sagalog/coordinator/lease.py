@@ -129,15 +129,14 @@ class Executor:
             if apart is None:
                 return
             keeping = (executor_id, apart, closing)
-            thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
+            # First, for a signal's exception may come out of its start, and then it runs all the same.
+            self._thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
             try:
-                thread.start()
+                self._thread.start()
             except RuntimeError as error:  # the process may have no more threads now
-                self._renew_at = 0.0
+                self._thread, self._renew_at = None, 0.0
                 apart.close()
                 _log.warning("executor %s: the lease is renewed at starts only, for now: %s", self.executor_id, error)
-            else:
-                self._thread = thread
 
     def _was_written(self) -> None:
         now = time.monotonic()

@@ -54,6 +54,11 @@ class Owed:
             self.wake()
         return ticket
 
+    def is_watching(self, fence: Fence) -> bool:
+        """Whether a handler of a saga runs, whose time is not over."""
+        now = time.monotonic()
+        return any(watched == fence and now < due for due, watched, *_ in list(self._watched.values()))
+
     def unwatch(self, ticket: int) -> None:
         """The handler is done."""
         self._watched.pop(ticket, None)

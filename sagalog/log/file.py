@@ -53,7 +53,7 @@ class FileBind:
         self._path = path
         self._sql = sql
         self._durability: Durability = durability
-        self._leads_for_fork = False
+        self._leads_for_fork: Ticket[None] | None = None
         self._turns = Turns()
         self._read_lock = threading.Lock()
         self._connections = Connections(path, sql, durability, fill, checkpoint_after)
@@ -74,8 +74,36 @@ class FileBind:
         """ "full" or "normal"."""
         return self._durability
 
-    def _lead(self, ticket: Ticket[Any] | None) -> bool:
+    def _lead(self, ticket: Ticket[Any]) -> bool:
         return self._turns.lead(ticket, 2 * BUSY_TIMEOUT_MS / 1000)
+
+    def _lead_alone(self) -> Ticket[None]:
+        """Lead without an operation; the ticket is for `_end_turn`."""
+        alone: Ticket[None] = Ticket(None)
+        try:
+            self._lead(alone)
+        except BaseException:
+            self._turns.hand_over(alone)
+            raise
+        return alone
+
+    def _end_turn(self, leader: object) -> None:
+        """Tell those that were carried, and let the next one lead; to do it again changes nothing.
+
+        Whoever calls it does so again if a signal's exception comes out of it: that may be before its first line.
+        """
+        turns = self._turns
+        if turns.taken and turns.leader is leader:
+            if not turns.decided:
+                # An interrupt of the leader is no matter of the others': theirs is rolled back, and told so.
+                self._connections.roll_back()
+                for ticket in turns.taken:
+                    ticket.value, ticket.error = None, ticket.error or _interrupted(ticket)
+                turns.decided = True
+            for ticket in turns.taken:
+                ticket.wake_up()
+            turns.taken = []
+        turns.hand_over(leader)
 
     def _database(self) -> CursorDatabase:
         connections = self._connections
@@ -95,17 +123,17 @@ class FileBind:
         if apart and not kind.brief:
             return self._read(operation)
         turns, connections = self._turns, self._connections
-        leads = False
+        leader: object | None = None
         try:  # around taking the lead too: an interrupt that came between would leave the log without a leader for ever
             with turns.mutex:
-                if not turns.leading and not turns.closed:
-                    turns.leading = leads = True
-            if not leads:
+                if turns.leader is None and not turns.closed:
+                    turns.leader = leader = operation
+            if leader is None:
                 if apart:
                     return self._read(operation)
-                ticket: Ticket[R] = Ticket(operation)
-                leads = self._lead(ticket)
-                if not leads:
+                leader = ticket = Ticket(operation)
+                if not self._lead(ticket):
+                    leader = None
                     return ticket.outcome()  # type: ignore[no-any-return]
             if turns.company > 1 and not apart:
                 turns.let_others_come()
@@ -119,12 +147,17 @@ class FileBind:
                 except sqlite3.Error as error:
                     return self._alone(operation, error)
             own: Ticket[R] = Ticket(operation)
-            batch = [own, *turns.take_waiting()]
+            turns.take_waiting()
+            batch = [own, *turns.taken]
             turns.company = len(batch)
             self._commit_together(batch)
         finally:
-            if leads:
-                turns.hand_over()
+            if leader is not None:
+                try:
+                    self._end_turn(leader)
+                except BaseException:
+                    self._end_turn(leader)
+                    raise
         return own.outcome()  # type: ignore[no-any-return]
 
     def try_now(self, operation: Operation[R]) -> Ticket[R] | None:
@@ -137,67 +170,60 @@ class FileBind:
         if operation.kind.several or connections.writer is None:
             return None
         ticket: Ticket[R] = Ticket(operation)
-        leads = False
+        leader: object | None = None
         try:  # around taking the lead too: see `perform`
             with turns.mutex:
-                if turns.leading or turns.closed:
+                if turns.leader is not None or turns.closed:
                     return None
-                turns.leading = leads = True
+                turns.leader = leader = ticket
             ticket.value = operation.run(connections.database)
         except sqlite3.Error as error:
             if sqlite_code(error) == SQLITE_BUSY:
                 return None
             ticket.value = self._alone(operation, error)
         finally:
-            if leads:
-                turns.hand_over()
+            if leader is not None:
+                try:
+                    self._end_turn(leader)
+                except BaseException:
+                    self._end_turn(leader)
+                    raise
         return ticket
 
     def perform_all(self, tickets: Sequence[Ticket[Any]]) -> None:
         """Run the operations of several callers, with shared commits; each ticket then holds its outcome."""
         ready = [ticket for ticket in tickets if ticket.operation is not None]
         try:
-            self._lead(None)
+            leader = self._lead_alone()
         except SagaLogError as error:
             for ticket in ready:
                 ticket.error = refuse_finished(asked_of(ticket)) if self._turns.closed else error
             return
         try:
+            self._turns.taken, self._turns.decided = ready, False
             self._commit_together(ready)
         finally:
-            self._turns.hand_over()
+            try:
+                self._end_turn(leader)
+            except BaseException:
+                self._end_turn(leader)
+                raise
 
     # Transactions
 
     def _commit_together(self, batch: list[Ticket[Any]]) -> None:
-        carried = False
-        try:
-            # What only reads waits for no lock, and must not begin to in a transaction of others.
-            writes = [ticket for ticket in batch if ticket.operation is None or not ticket.operation.kind.reads]
-            shared = len(writes) > 1 and self._in_one_transaction(writes)
-            for ticket in batch:
-                assert ticket.operation is not None
-                if shared and not ticket.operation.kind.reads:
-                    continue
-                try:
-                    ticket.value = self._alone(ticket.operation)
-                except Exception as error:
-                    ticket.error = error
-            carried = True
-        finally:
-            if not carried:
-                # An interrupt of the leader is no matter of the others': theirs is rolled back, and told so.
-                self._connections.roll_back()
-            for ticket in batch:
-                if not carried and ticket.value is None and ticket.error is None:
-                    ticket.error = LogUnavailable(
-                        asked_of(ticket),
-                        "the thread that wrote for it was interrupted",
-                        hint="Repeat it.",
-                        unknown=True,
-                    )
-                if ticket.wake is not None and not ticket.leads:
-                    ticket.wake.release()
+        # What only reads waits for no lock, and must not begin to in a transaction of others.
+        writes = [ticket for ticket in batch if ticket.operation is None or not ticket.operation.kind.reads]
+        shared = len(writes) > 1 and self._in_one_transaction(writes)
+        for ticket in batch:
+            assert ticket.operation is not None
+            if shared and not ticket.operation.kind.reads:
+                continue
+            try:
+                ticket.value = self._alone(ticket.operation)
+            except Exception as error:
+                ticket.error = error
+        self._turns.decided = True
 
     def _in_one_transaction(self, batch: list[Ticket[Any]]) -> bool:
         """Run all in one transaction; False if that is undone and each is to run alone."""
@@ -287,10 +313,10 @@ class FileBind:
         held = self.enter_unit(threading.get_ident())
         try:
             yield held
+            held.end(commit=True)
         except BaseException:
-            held.end(commit=False)
+            held.end(commit=False)  # nothing, if it has ended
             raise
-        held.end(commit=True)
 
     def enter_unit(self, owner: int | None) -> HeldFile:
         """Begin a unit of work.
@@ -298,21 +324,30 @@ class FileBind:
         Args:
             owner: The thread in which another operation of this log would wait for itself.
         """
-        self._lead(None)
         operation: Operation[None] = Call("unit_of_work", Kind.SEVERAL, lambda database: None)
+        leader = self._lead_alone()
         try:
             database = self._begin()
+            self._turns.unit_owner = owner
+            return HeldFile(self, database, operation, leader)
         except BaseException as error:
+            self._turns.unit_owner = None
             self._connections.roll_back()
-            self._turns.hand_over()
+            try:
+                self._end_turn(leader)
+            except BaseException:
+                self._end_turn(leader)
+                raise
             if not is_fault(error):
                 raise
             raise translate(error, operation, self.name, committing=False) from error
-        self._turns.unit_owner = owner
-        return HeldFile(self, database, operation)
 
-    def end_unit(self, operation: Operation[None], *, commit: bool, broken: SagaLogError | None) -> None:
-        """End a unit of work; nothing of a broken one is committed."""
+    def end_unit(
+        self, operation: Operation[None], leader: object, *, commit: bool, broken: SagaLogError | None
+    ) -> None:
+        """End a unit of work, if it has not ended; nothing of a broken one is committed."""
+        if self._turns.leader is not leader:
+            return
         assert self._connections.writer is not None
         self._turns.unit_owner = None
         try:
@@ -329,8 +364,15 @@ class FileBind:
                 self._connections.roll_back()
                 self._connections.give_up_writer()
                 raise translate(error, operation, self.name, committing=True) from error
+        except BaseException:
+            self._connections.roll_back()  # of one that was interrupted; nothing, if it is committed
+            raise
         finally:
-            self._turns.hand_over()
+            try:
+                self._end_turn(leader)
+            except BaseException:
+                self._end_turn(leader)
+                raise
 
     # The end
 
@@ -339,30 +381,36 @@ class FileBind:
         if self._turns.closed:
             return
         with contextlib.suppress(UnusableBind):
-            self._lead(None)
-            self._turns.closed = True
-            tell_no_more(self)
-            self._connections.close_writer()
-            with self._read_lock:
-                self._connections.close_reader()
-            self._turns.hand_over()
+            leader = self._lead_alone()
+            try:
+                self._turns.closed = True
+                tell_no_more(self)
+                self._connections.close_writer()
+                with self._read_lock:
+                    self._connections.close_reader()
+            finally:
+                try:
+                    self._end_turn(leader)
+                except BaseException:
+                    self._end_turn(leader)
+                    raise
 
     # A fork: see `forking`
 
     def before_fork(self) -> None:
         """Wait until no thread is inside the log."""
-        self._leads_for_fork = False
+        self._leads_for_fork = None
         if self._turns.unit_owner != threading.get_ident():
             # Whoever holds the log for too long is not waited for: the child opens its own connection in any case.
             with contextlib.suppress(SagaLogError):
-                self._leads_for_fork = self._lead(None)
+                self._leads_for_fork = self._lead_alone()
         self._read_lock.acquire()
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
         self._read_lock.release()
-        if self._leads_for_fork:
-            self._turns.hand_over()
+        if self._leads_for_fork is not None:
+            self._end_turn(self._leads_for_fork)
 
     def after_fork_in_child(self) -> None:
         """New locks, new connections."""
@@ -374,8 +422,11 @@ class FileBind:
 class HeldFile:
     """The bind of a unit of work on the file: operations in its open transaction."""
 
-    def __init__(self, file: FileBind, database: CursorDatabase, operation: Operation[None]) -> None:
+    def __init__(
+        self, file: FileBind, database: CursorDatabase, operation: Operation[None], leader: Ticket[None]
+    ) -> None:
         self._file = file
+        self._leader = leader
         self._database = database
         self._operation = operation
         self._broken: SagaLogError | None = None
@@ -396,7 +447,7 @@ class HeldFile:
     def end(self, *, commit: bool) -> None:
         """Commit or roll back, and let the next caller write."""
         self._over = True
-        self._file.end_unit(self._operation, commit=commit, broken=self._broken)
+        self._file.end_unit(self._operation, self._leader, commit=commit, broken=self._broken)
 
     @contextmanager
     def unit_of_work(self) -> Iterator[HeldFile]:
@@ -405,3 +456,8 @@ class HeldFile:
 
     def close(self) -> None:
         """Nothing: the unit's block ends it."""
+
+
+def _interrupted(ticket: Ticket[Any]) -> LogUnavailable:
+    problem = "the thread that wrote for it was interrupted"
+    return LogUnavailable(asked_of(ticket), problem, hint="Repeat it.", unknown=True)
