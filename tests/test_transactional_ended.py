@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from contextlib import suppress
 from typing import Any, Literal
 
 import pytest
@@ -24,7 +25,7 @@ from sagalog import (
     UnusableBind,
 )
 from sagalog.coordinator.ending_sql import ends_transaction
-from tests.coordinating import ON_SQLITE, Keep, Stage, notes
+from tests.coordinating import ON_POSTGRES, ON_SQLITE, Keep, Stage, notes
 from tests.troubled import Done, Release, Reserve, reserving
 
 
@@ -367,6 +368,38 @@ def test_a_transactional_handler_on_a_full_disk_did_nothing_and_is_tried_again(s
 
     full.run("fills")
     assert (len(tries), len(notes(stage))) == (3, 1)
+
+
+@pytest.mark.parametrize("stage", ON_POSTGRES, indirect=True)
+def test_a_transactional_handler_may_go_on_after_its_connection_was_lost(stage: Stage) -> None:
+    stage.sql("CREATE TABLE note (body TEXT)")
+    tries: list[Any] = []
+
+    def lose(cmd: Put, session: Session) -> None:
+        tries.append(cmd)
+        session.execute(text("INSERT INTO note VALUES ('first')"))
+        backend = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
+        stage.sql("SELECT pg_terminate_backend(:backend)", backend=backend)
+        with suppress(DBAPIError):
+            session.execute(text("SELECT 1"))
+        session.rollback()
+        session.execute(text("INSERT INTO note VALUES ('second')"))
+
+    if stage.asynchronous:
+
+        @stage.bus.handler(transactional=True, pivot=True)
+        async def alose(cmd: Put, session: AsyncSession) -> None:
+            await session.run_sync(lambda sync: lose(cmd, sync))
+    else:
+        stage.bus.handler(transactional=True, pivot=True)(lose)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("loses")
+    def loses(ctx: Any) -> None:
+        ctx.dispatch(Put())
+
+    coordinator.run("loses")
+    assert (len(tries), notes(stage)) == (1, ["second"])
 
 
 # Which SQL is refused
