@@ -7,12 +7,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sagalog import Command, CommandBus, LeaseLost, SagaContext, SagaCoordinator, SagaLog
+from sagalog import Command, CommandBus, LeaseLost, SagaContext, SagaCoordinator, SagaLog, UnusableBind
 from tests.processes import LONGEST, Child, forked, records
 
 
@@ -232,3 +233,19 @@ def test_a_log_works_on_after_two_threads_forked_at_once(sqlite_path: Path) -> N
     command = [sys.executable, "-W", "ignore", "-c", FORKING_AT_ONCE, str(sqlite_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST, check=False)
     assert (ended.stdout, ended.stderr) == ("{'running': 1}\n", "")
+
+
+def test_a_unit_of_work_that_is_open_at_a_fork_is_the_parents(sqlite_path: Path) -> None:
+    with SagaLog.open(sqlite_path) as log, ExitStack() as unit:
+        saga_id = unit.enter_context(log.unit_of_work()).create_saga("one", None)
+        child = forked()
+        if child == 0:
+            try:
+                unit.close()
+            except UnusableBind:
+                os._exit(7)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        unit.close()
+        assert os.waitstatus_to_exitcode(status) == 7
+        assert log.get(saga_id).name == "one"

@@ -31,7 +31,7 @@ _ENDS_WITHIN = 10.0
 
 
 def _join(thread: threading.Thread | None) -> None:
-    if thread is not None and thread is not threading.current_thread():
+    if thread is not None and thread is not threading.current_thread() and thread.ident is not None:
         thread.join(timeout=_ENDS_WITHIN)
 
 
@@ -130,9 +130,9 @@ class Executor:
                 return
             keeping = (executor_id, apart, closing)
             # First, for a signal's exception may come out of its start, and then it runs all the same.
-            self._thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
+            thread = self._thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
             try:
-                self._thread.start()
+                thread.start()
             except RuntimeError as error:  # the process may have no more threads now
                 self._thread, self._renew_at = None, 0.0
                 apart.close()

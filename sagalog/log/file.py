@@ -347,6 +347,8 @@ class FileBind:
     ) -> None:
         """End a unit of work, if it has not ended; nothing of a broken one is committed."""
         if self._turns.leader is not leader:
+            if commit:
+                raise refuse_finished(operation.asked)  # in a forked child, say: it is the parent's
             return
         assert self._connections.writer is not None
         self._turns.unit_owner = None
