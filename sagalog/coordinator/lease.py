@@ -129,7 +129,6 @@ class Executor:
             if apart is None:
                 return
             keeping = (executor_id, apart, closing)
-            # First, for a signal's exception may come out of its start, and then it runs all the same.
             thread = self._thread = threading.Thread(target=self._keep, args=keeping, name="sagalog-lease", daemon=True)
             try:
                 thread.start()
@@ -137,6 +136,9 @@ class Executor:
                 self._thread, self._renew_at = None, 0.0
                 apart.close()
                 _log.warning("executor %s: the lease is renewed at starts only, for now: %s", self.executor_id, error)
+            except BaseException:
+                self._stop()  # whether it runs is not known
+                raise
 
     def _was_written(self) -> None:
         now = time.monotonic()

@@ -186,15 +186,19 @@ class ThreadBind:
             if written is not None:
                 return written.outcome()  # type: ignore[no-any-return]
         waiting = Waiting(operation, asyncio.get_running_loop())
-        with self._lock:
-            self._waiting.append(waiting)
-            call, self._called = not self._called, True
-            if self._worker is None or not self._worker.is_alive():
-                self._worker = threading.Thread(target=self._work, name="sagalog-writer", daemon=True)
-                self._worker.start()
-                call = True
-        if call:
+        try:
+            with self._lock:
+                self._waiting.append(waiting)
+                call, self._called = not self._called, True
+                if self._worker is None or not self._worker.is_alive():
+                    self._worker = threading.Thread(target=self._work, name="sagalog-writer", daemon=True)
+                    self._worker.start()
+                    call = True
+            if call:
+                self._calls.put("write")
+        except BaseException:  # a signal's: nobody else would call, and one call more does no harm
             self._calls.put("write")
+            raise
         await waiting.decision()
         value: R = waiting.ticket.outcome()
         return value
@@ -262,8 +266,13 @@ class ThreadBind:
 
 
 def _wake(batch: list[Waiting]) -> None:
-    for waiting in batch:
-        waiting.tell()
+    try:
+        for waiting in batch:
+            waiting.tell()
+    except BaseException:  # a signal's, which is no matter of the others
+        for waiting in batch:
+            waiting.tell()
+        raise
 
 
 class _AsyncHeldFile:

@@ -9,8 +9,9 @@ a bind's business.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, ClassVar, Generic, Protocol, TypeAlias, TypeVar
 
 from sqlalchemy import Connection, TwoPhaseTransaction
@@ -241,8 +242,14 @@ class CursorDatabase:
     def fetch(self, statement: Statement, **values: Any) -> Rows:
         """See `Database`; fetched whole, for an unfinished cursor is a reader that keeps the log file growing."""
         text, order = statement.sqlite
-        self._cursor.execute(text, order(values))
-        rows: Rows = self._cursor.fetchall()
+        cursor = self._cursor
+        try:
+            cursor.execute(text, order(values))
+            rows: Rows = cursor.fetchall()
+        except BaseException:
+            with suppress(sqlite3.Error):
+                cursor.fetchall()  # a signal's exception may have come between, and what is not fetched keeps the lock
+            raise
         return rows
 
     def fetch_unless_locked(self, statement: Statement, values: dict[str, Any]) -> Rows:

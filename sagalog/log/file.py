@@ -27,6 +27,8 @@ from sagalog.log.turns import Ticket, Turns, asked_of
 
 R = TypeVar("R")
 BUSY_TIMEOUT_MS = 5000
+_OF_OPERATIONS = (SagaLogError, sqlite3.Error, OverflowError, TypeError, ValueError)
+"""What comes out of an operation; anything else is a signal's, and of the thread that leads."""
 
 
 class FileBind:
@@ -98,7 +100,7 @@ class FileBind:
                 # An interrupt of the leader is no matter of the others': theirs is rolled back, and told so.
                 self._connections.roll_back()
                 for ticket in turns.taken:
-                    ticket.value, ticket.error = None, ticket.error or _interrupted(ticket)
+                    ticket.value, ticket.error = None, _interrupted(ticket)  # what refused it is rolled back as well
                 turns.decided = True
             for ticket in turns.taken:
                 ticket.wake_up()
@@ -221,7 +223,7 @@ class FileBind:
                 continue
             try:
                 ticket.value = self._alone(ticket.operation)
-            except Exception as error:
+            except _OF_OPERATIONS as error:
                 ticket.error = error
         self._turns.decided = True
 
@@ -241,7 +243,7 @@ class FileBind:
             written = database.writes
             try:
                 ticket.value = ticket.operation.run(database)
-            except Exception as error:
+            except _OF_OPERATIONS as error:
                 if is_fault(error) or database.writes != written:
                     self._connections.roll_back()
                     for started in batch:
@@ -314,8 +316,12 @@ class FileBind:
         try:
             yield held
             held.end(commit=True)
-        except BaseException:
-            held.end(commit=False)  # nothing, if it has ended
+        except BaseException:  # ended again if a signal comes into that, see `_end_turn`; nothing, if it has ended
+            try:
+                held.end(commit=False)
+            except BaseException:
+                held.end(commit=False)
+                raise
             raise
 
     def enter_unit(self, owner: int | None) -> HeldFile:

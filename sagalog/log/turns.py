@@ -111,10 +111,11 @@ class Turns:
                 ticket.wake.acquire()
                 self.waiting.append(ticket)
             woken = ticket.wake.acquire(timeout=seconds)
+            is_gone = not woken and self._withdraw(ticket)
         except BaseException:
             self._withdraw(ticket)
             raise
-        if not woken and self._withdraw(ticket):
+        if is_gone:
             raise LogUnavailable(
                 asked_of(ticket),
                 "another unit of work of this process holds the log",
