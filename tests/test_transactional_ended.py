@@ -342,6 +342,44 @@ def test_a_transactional_handler_may_roll_back_what_sqlite_rolled_back_and_go_on
 
 
 @pytest.mark.parametrize("stage", ON_SQLITE, indirect=True)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_handler_committed_beside_a_rollback_of_sqlites_is_in_doubt(stage: Stage, when: str) -> None:
+    stage.sql("CREATE TABLE note (body TEXT PRIMARY KEY)")
+    stage.sql("INSERT INTO note VALUES ('there')")
+
+    def commit_beside(cmd: Put, session: Session) -> None:
+        session.execute(text("INSERT INTO note VALUES ('first')"))
+        if when == "before":
+            by_the_driver(session, "COMMIT")
+            session.execute(text("INSERT INTO note VALUES ('second')"))
+        with suppress(DBAPIError):
+            session.execute(text(TWICE))
+        if when == "after":
+            by_the_driver(session, "INSERT INTO note VALUES ('third')")
+            by_the_driver(session, "COMMIT")
+        session.rollback()
+        raise ValueError("after all")
+
+    if stage.asynchronous:
+
+        @stage.bus.handler(transactional=True, pivot=True)
+        async def abeside(cmd: Put, session: AsyncSession) -> None:
+            await session.run_sync(lambda sync: commit_beside(cmd, sync))
+    else:
+        stage.bus.handler(transactional=True, pivot=True)(commit_beside)
+    coordinator = stage.coordinator()
+
+    @coordinator.saga("commits")
+    def commits(ctx: Any) -> None:
+        ctx.dispatch(Put())
+
+    with pytest.raises(SagaFailed, match="ended by SQL of its own") as failure:
+        coordinator.run("commits")
+    assert failure.value.outcome == "failed_compensation"
+    assert sorted(notes(stage)) == (["first", "there"] if when == "before" else ["there", "third"])
+
+
+@pytest.mark.parametrize("stage", ON_SQLITE, indirect=True)
 def test_a_transactional_handler_on_a_full_disk_did_nothing_and_is_tried_again(stage: Stage) -> None:
     tries: list[Any] = []
     stage.sql("CREATE TABLE note (body TEXT)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -169,7 +170,8 @@ class _Transaction:
     """A transactional handler's transaction, from before it is called to its step's end.
 
     SQL that ends it is refused. A savepoint marks it: where the mark is gone, the handler has ended it by the driver's
-    own means, and what it wrote may be there without the end of its step.
+    own means, and what it wrote may be there without the end of its step. On SQLite, which may roll back by itself, a
+    row in a temporary table marks it as well: gone with a rollback, and there after a commit.
     """
 
     def __init__(self, session: Session, sql: Statements, sleep: Callable[[float], Any]) -> None:
@@ -181,6 +183,7 @@ class _Transaction:
         self._driver: Any = None
         self._is_rolled_back = self._is_ended_inside = self._was_inside = False
         self._gave_up: Exception | None = None
+        self._number, self._changes = next(_numbers), 0
         self._listened: list[tuple[object, str, Callable[..., None]]] = []
 
     def begin(self) -> None:
@@ -198,7 +201,10 @@ class _Transaction:
             return
         was_ended, self._is_ended_inside = self._is_ended_inside, True  # what is refused here may be gone on with
         self._caller.enter(connection, _COMMIT)
-        connection.exec_driver_sql(f"SAVEPOINT {_MARK}")
+        if connection.dialect.name == "sqlite":
+            for statement in _MARKING:
+                _on_driver(connection, statement.format(self._number))
+        _on_driver(connection, f"SAVEPOINT {_MARK}")
         self._connection, self._is_rolled_back, self._is_ended_inside = connection, False, was_ended
         self._gave_up = None
         if connection.dialect.name == "sqlite":
@@ -242,8 +248,23 @@ class _Transaction:
 
     def note_error(self, error: Exception, connection: Connection) -> None:
         """SQLite rolls a transaction back by itself where its disk is full, or a statement or trigger says so."""
-        if self._was_inside and not connection.invalidated and not in_driver_transaction(connection.connection):
-            self._gave_up, self._is_rolled_back = error, True
+        if not self._was_inside or connection.invalidated or in_driver_transaction(connection.connection):
+            return
+        if self._is_marked(connection):
+            self._is_ended_inside = True  # this one was another one's rollback
+        else:
+            self._gave_up, self._is_rolled_back, self._changes = error, True, _changes_on(connection)
+
+    def _is_marked(self, connection: Connection) -> bool:
+        try:
+            return bool(_on_driver(connection, f"SELECT 1 FROM temp.{_MARK} WHERE number = {self._number}"))
+        except DBAPIError:  # the table is gone with the rest
+            return False
+
+    def _look_for_changes(self, connection: Connection) -> None:
+        """What the driver has written after SQLite rolled back is in no transaction of the step's."""
+        if self._gave_up is not None and _changes_on(connection) != self._changes:
+            self._is_ended_inside = True
 
     def told(self, effect: Invoke[Any], error: Exception) -> Exception:
         """What a handler that raised has done: nothing, if its transaction is still the one that was begun.
@@ -299,12 +320,13 @@ class _Transaction:
     def _look_for_mark(self, statement: str) -> None:
         connection = self._connection
         assert connection is not None
+        self._look_for_changes(connection)
         if self._is_ended_inside:
             raise EndedInside(_ENDED)
         if self._is_rolled_back or connection.invalidated:
             return
         try:
-            connection.exec_driver_sql(statement)
+            _on_driver(connection, statement)
         except DBAPIError as error:
             if is_savepoint_missing(error):
                 raise EndedInside(_ENDED) from error
@@ -312,11 +334,13 @@ class _Transaction:
 
     def _look_before_rollback(self, connection: Connection) -> None:
         """SQLAlchemy is about to roll back, as it does when a flush fails: what the handler has ended it could not."""
+        self._look_for_changes(connection)
+        self._gave_up = None
         if self._is_rolled_back or connection.invalidated:
             self._is_rolled_back = True
             return
         try:
-            connection.exec_driver_sql(f"ROLLBACK TO SAVEPOINT {_MARK}")
+            _on_driver(connection, f"ROLLBACK TO SAVEPOINT {_MARK}")
         except DBAPIError as error:
             self._is_ended_inside = self._is_ended_inside or is_savepoint_missing(error)
         self._is_rolled_back = True
@@ -355,6 +379,12 @@ class _Transaction:
 
 
 _MARK = "sagalog_handler"
+_MARKING = (
+    f"CREATE TEMP TABLE IF NOT EXISTS {_MARK} (number)",
+    f"DELETE FROM temp.{_MARK}",
+    f"INSERT INTO temp.{_MARK} VALUES ({{}})",
+)
+_numbers = itertools.count()
 _ENDED = "its transaction was ended by SQL of its own, so what it wrote may be there; leave COMMIT to the coordinator"
 
 
@@ -374,10 +404,31 @@ _heard_by: WeakKeyDictionary[Connection, _Transaction] = WeakKeyDictionary()
 """The transactions of transactional handlers on SQLite, by connection."""
 
 
+def _on_driver(connection: Connection, statement: str) -> list[Any]:
+    """Run a statement past SQLAlchemy's events, in which an application may raise something else."""
+    dialect: Any = connection.dialect
+    cursor = connection.connection.cursor()
+    try:
+        cursor.execute(statement)
+        return list(cursor.fetchall()) if cursor.description else []
+    except dialect.loaded_dbapi.Error as error:
+        raise DBAPIError.instance(
+            statement, None, error, dialect.loaded_dbapi.Error, hide_parameters=True, dialect=dialect
+        ) from error
+    finally:
+        cursor.close()
+
+
+def _changes_on(connection: Connection) -> int:
+    """How many rows were ever changed on a SQLite connection."""
+    driver: Any = connection.connection.driver_connection
+    return int(driver.total_changes)
+
+
 def _hear_errors(engine: Engine) -> None:
     """Once an engine, for SQLAlchemy tells nobody else of a statement that failed."""
     if not event.contains(engine, "handle_error", _note_error):
-        event.listen(engine, "handle_error", _note_error)
+        event.listen(engine, "handle_error", _note_error, insert=True)  # an application's may raise
 
 
 def _note_error(context: ExceptionContext) -> None:
