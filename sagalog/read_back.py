@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from enum import Enum
@@ -20,7 +21,13 @@ _TIMES = (date, time, timedelta)  # a datetime is a date
 
 
 def check_had_back(
-    kind: Any, value: Any, back: Any, asked: str, saga_id: int | None = None, step_index: int | None = None
+    kind: Any,
+    value: Any,
+    back: Any,
+    again: Callable[[Any], Any],
+    asked: str,
+    saga_id: int | None = None,
+    step_index: int | None = None,
 ) -> None:
     """Refuse what would be taken for something else once it is read back.
 
@@ -28,6 +35,7 @@ def check_had_back(
         kind: As what it is read back.
         value: The value.
         back: What is read back of it.
+        again: What is read back of that, once it is written.
         asked: What it is for.
         saga_id: The saga, for the message.
         step_index: The step, for the message.
@@ -36,7 +44,7 @@ def check_had_back(
         PayloadError: It holds a secret, or one of several classes that look alike in JSON.
     """
     try:
-        changed = None if _alike(value, back) else _changed_by_json(kind, value, back)
+        changed = None if _alike(value, back) else _changed_by_json(kind, value, back, again)
     except Exception as error:  # a class of the application's that cannot be compared
         changed = f"it cannot be compared with what is read back ({type(error).__name__})"
     if changed is not None:
@@ -67,9 +75,12 @@ def _content_of(value: Any) -> Any:
     return getattr(value, "__dict__", value)
 
 
-def _changed_by_json(kind: Any, value: Any, back: Any) -> str | None:
-    """What would be taken for something else; None if only plain values have become the JSON ones."""
-    pending = [(kind, value, back)]
+def _changed_by_json(kind: Any, value: Any, back: Any, again: Callable[[Any], Any]) -> str | None:
+    """What would be taken for something else; None if only plain values have become the JSON ones.
+
+    A plain value that its class normalises is what the log holds of it, unless it is another one each time.
+    """
+    pending, normalised = [(kind, value, back)], None
     while pending:
         said, one, other = pending.pop()
         if isinstance(one, _SECRET):
@@ -108,14 +119,14 @@ def _changed_by_json(kind: Any, value: Any, back: Any) -> str | None:
                 return "the keys of a dict are not read back as they are"
             pending.extend((said, *items) for items in zip(one.values(), other.values(), strict=True))
         elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
-            if len(one) != len(other):
-                return f"a {type(one).__name__} reads back as one of another length"
             if hasattr(one, "_fields") and hasattr(other, "_fields") and type(one) is not type(other):
                 return _reads_as(one, other)
-            pending.extend((said, *items) for items in zip(one, other, strict=True))
+            if len(one) != len(other):
+                normalised = f"a {type(one).__name__} reads back as one of another length"
+            pending.extend((said, *items) for items in zip(one, other, strict=False))
         elif type(one) is type(other) and _is_changed(one, other):
-            return _reads_as(one, other)
-    return None
+            normalised = _reads_as(one, other)
+    return None if normalised is None or _alike(back, again(back)) else normalised
 
 
 def _is_changed(one: Any, other: Any) -> bool:

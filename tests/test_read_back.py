@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, tzinfo
+from decimal import Decimal
 from enum import IntEnum, StrEnum
 from typing import Annotated, Any, Literal, NewType
 
 import pytest
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -158,6 +160,14 @@ class Lowered(BaseModel):
         return word.lower()
 
 
+class Rounded(BaseModel):
+    total: Annotated[Decimal, PlainSerializer(lambda total: f"{total:.2f}", when_used="json")]
+
+
+class Unique(BaseModel):
+    lines: Annotated[list[int], AfterValidator(lambda lines: sorted(set(lines)))]
+
+
 class Token:
     """It says nothing of when two are equal."""
 
@@ -209,6 +219,9 @@ COMMANDS = [
     HoldsOne(one=One(number=1), more={"a": True}),
     HoldsOne(one=One.model_construct(number="1")),
     Lowered(word="A"),
+    Lowered.model_construct(word="A"),
+    Rounded(total=Decimal("11.8881")),
+    Unique.model_construct(lines=[2, 1, 1]),
     HoldsToken(token=Token("a")),
     LeavesOut(number=1, cache="b"),
     hides,

@@ -16,7 +16,6 @@ from pydantic import (
     ConfigDict,
     Field,
     Json,
-    PlainSerializer,
     SecretStr,
     computed_field,
 )
@@ -291,12 +290,8 @@ class Doubling(BaseModel):
     number: Annotated[int, BeforeValidator(lambda number: number * 2)]
 
 
-class Rounded(BaseModel):
-    total: Annotated[Decimal, PlainSerializer(float)]
-
-
-class Cut(BaseModel):
-    lines: Annotated[list[int], AfterValidator(lambda lines: lines[:1])]
+class Shortened(BaseModel):
+    lines: Annotated[list[int], AfterValidator(lambda lines: lines[:-1])]
 
 
 @pytest.mark.parametrize(
@@ -322,8 +317,7 @@ class Cut(BaseModel):
         (Aliased(pence=500), "the 'pence' of a Aliased is not read back"),
         pytest.param(Exactly.model_construct(number=10**400), "a number is too large for a float", id="no float"),
         (Doubling(number=1), "a int reads back as another one"),
-        (Rounded(total=Decimal("12345678901234567.89")), "a Decimal reads back as another one"),
-        (Cut.model_construct(lines=[1, 2]), "a list reads back as one of another length"),
+        (Shortened.model_construct(lines=[1, 2, 3]), "a list reads back as one of another length"),
         (Holding(at=datetime(2026, 1, 2, tzinfo=timezone(timedelta(seconds=15)))), "a datetime reads back as another"),
     ],
     ids=repr,

@@ -18,7 +18,7 @@ from sagalog.coordinator.signature import (
 )
 from sagalog.errors import PayloadError, UnusableHandler
 from sagalog.moments import is_seconds
-from sagalog.payload import check_text, decode, decode_as, unreadable
+from sagalog.payload import check_text, decode, decode_as, encode, unreadable
 from sagalog.plain import plain_check
 from sagalog.read_back import check_had_back
 
@@ -136,7 +136,11 @@ def _had_back(kind: Any, value: Any, text: str, asked: str, what: str, verb: str
     except PayloadError:
         problem = f"a {type(value).__name__} is no {what} of it"
         raise PayloadError(asked, problem, found=type(value).__name__, hint=f"It {verb} a {shown(kind)}.") from None
-    check_had_back(kind, value, held, f"{asked}, the {what}")
+
+    def again(read: Any) -> Any:
+        return decode_as(kind, encode(read, what), what, None)
+
+    check_had_back(kind, value, held, again, f"{asked}, the {what}")
     return held
 
 

@@ -192,7 +192,13 @@ def _answer(run: Run, handler: Handler, step: Step, value: Any) -> Succeeded:
         value = [] if handler.signature.returns_list else None  # the log does not tell one from the other
     elif not handler.signature.answers_plainly(value):
         back = handler.read_output(text, run.saga_id, step.index)
-        check_had_back(handler.signature.returns, value, back, f"answer of {handler.name}", run.saga_id, step.index)
+
+        def answered_again(held: Any) -> Any:
+            written = encode(handler.signature.events_of(held), handler.name, run.saga_id, step.index)
+            return handler.read_output(written, run.saga_id, step.index)
+
+        asked = f"answer of {handler.name}"
+        check_had_back(handler.signature.returns, value, back, answered_again, asked, run.saga_id, step.index)
         value = back
     return Succeeded(value, text)
 
@@ -211,7 +217,11 @@ def as_held(run: Run, handler: Handler, cmd: Any, index: int, asked: str) -> tup
     except PayloadError:
         problem = f"a {type(cmd).__name__} cannot be read back from what the log would hold of it"
     else:
-        check_had_back(handler.cmd_type, cmd, held, asked, run.saga_id, index)
+
+        def asked_again(held: Any) -> Any:
+            return handler.read_cmd(encode(held, asked, run.saga_id, index), run.saga_id, index)
+
+        check_had_back(handler.cmd_type, cmd, held, asked_again, asked, run.saga_id, index)
         return text, held
     raise PayloadError(
         f"{asked} of {where(run.saga_id, index)}",
