@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +208,55 @@ def test_a_handler_that_runs_out_of_time_in_a_statement_leaves_no_lock(sqlite_pa
                 await coordinator.run(keeps)
             assert failure.value.outcome == "compensated"
         await log.close()
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+# How SQLite's transactions begin
+
+
+def test_a_transactional_handler_writes_though_its_hosts_transactions_begin_by_reading(sqlite_path: Path) -> None:
+    """As SQLAlchemy's documentation says it, for savepoints: BEGIN is the engine's own, and takes no lock."""
+    engine = create_engine(f"sqlite:///{sqlite_path}", connect_args={"isolation_level": None})
+    event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN"))
+    migrations.upgrade(engine)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE stock (amount INTEGER)"))
+    bus, stranger = CommandBus(), sqlite3.connect(sqlite_path, isolation_level=None, timeout=0)
+
+    @bus.handler(transactional=True, pivot=True)
+    def do_reserve(cmd: Reserve, session: Session) -> Done:
+        assert session.execute(text("SELECT count(*) FROM stock")).scalar_one() == 0
+        with suppress(sqlite3.OperationalError):
+            stranger.execute("INSERT INTO stock VALUES (2)")
+        session.execute(text("INSERT INTO stock VALUES (1)"))
+        return Done()
+
+    with SagaCoordinator(SagaLog(engine), bus) as coordinator:
+        coordinator.run(reserving(coordinator), 1)
+    assert stranger.execute("SELECT amount FROM stock").fetchall() == [(1,)]
+    stranger.close()
+    engine.dispose()
+
+
+def test_transactional_handlers_leave_nothing_behind_at_an_engine(sqlite_path: Path) -> None:
+    async def main() -> None:
+        bus, engine = CommandBus(), create_async_engine(f"sqlite+aiosqlite:///{sqlite_path}")
+        await migrations.upgrade(engine)
+
+        @bus.handler(transactional=True, read_only=True)
+        def keep(cmd: Keep, session: Session) -> int:
+            return 1
+
+        async with AsyncSagaCoordinator(AsyncSagaLog(engine), bus) as coordinator:
+
+            @coordinator.saga("keeps")
+            async def keeps(ctx: Any) -> int:
+                return sum([await ctx.dispatch(Keep()) for _ in range(5)])
+
+            assert await coordinator.run(keeps) == 5
+        assert len(list(engine.dialect.dispatch.handle_error)) == 1  # type: ignore[attr-defined]
         await engine.dispose()
 
     asyncio.run(main())

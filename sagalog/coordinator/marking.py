@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import Connection, Engine, ExceptionContext, event
+from sqlalchemy import Connection, Dialect, ExceptionContext, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session, SessionTransaction
 
@@ -44,6 +44,7 @@ class MarkedTransaction:
 
     def __init__(self, session: Session, sql: Statements, sleep: Callable[[float], Any]) -> None:
         self._session = session
+        self._sql = sql
         self._caller = CallerBind(session, sql, sleep=sleep)
         self._sleep = sleep
         self._turn: Holding | None = None
@@ -70,13 +71,15 @@ class MarkedTransaction:
         was_ended, self._is_ended_inside = self._is_ended_inside, True  # what is refused here may be gone on with
         self._caller.enter(connection, _COMMIT)
         if connection.dialect.name == "sqlite":
+            # The host's own BEGIN may have been a deferred one; before the first read the lock can be waited for.
+            _on_driver(connection, self._sql.take_lock.sqlite[0])
             for statement in _MARKING:
                 _on_driver(connection, statement.format(self._number))
         _on_driver(connection, f"SAVEPOINT {_MARK}")
         self._connection, self._is_rolled_back, self._is_ended_inside = connection, False, was_ended
         self._gave_up = None
         if connection.dialect.name == "sqlite":
-            _hear_errors(connection.engine)
+            _hear_errors(connection.dialect)
             _heard_by[connection] = self
         self._listen(connection, "begin", _refuse_begin)
         self._listen(connection, "rollback", self._look_before_rollback)
@@ -283,10 +286,10 @@ def _changes_on(connection: Connection) -> int:
     return int(driver.total_changes)
 
 
-def _hear_errors(engine: Engine) -> None:
-    """Once an engine, for SQLAlchemy tells nobody else of a statement that failed."""
-    if not event.contains(engine, "handle_error", _note_error):
-        event.listen(engine, "handle_error", _note_error, insert=True)  # an application's may raise
+def _hear_errors(dialect: Dialect) -> None:
+    """Once a dialect, which engines share: SQLAlchemy tells nobody else of a statement that failed."""
+    if not event.contains(dialect, "handle_error", _note_error):
+        event.listen(dialect, "handle_error", _note_error, insert=True)  # an application's may raise
 
 
 def _note_error(context: ExceptionContext) -> None:

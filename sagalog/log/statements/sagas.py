@@ -12,6 +12,7 @@ from sqlalchemy import (
     and_,
     case,
     cast,
+    false,
     func,
     literal_column,
     null,
@@ -139,6 +140,11 @@ class SagaStatements(Tables):
     def lock_saga(self) -> Statement:
         level = func.current_setting(literal_column("'transaction_isolation'"), type_=TEXT)
         return Statement(select(level).select_from(self.saga).where(self._this_saga).with_for_update(key_share=True))
+
+    @cached_property
+    def take_lock(self) -> Statement:
+        """It changes nothing; SQLite runs it with the write lock only."""
+        return Statement(update(self.saga).where(false()).values(epoch=self.saga.c.epoch))
 
     @cached_property
     def request_cancel(self) -> Statement:
