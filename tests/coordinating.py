@@ -14,6 +14,7 @@ import pytest
 from pydantic import BaseModel
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.orm import Session
 
 from sagalog import (
     AsyncSagaCoordinator,
@@ -320,3 +321,10 @@ def recoverer(stage: Stage, then: Any = None, bus: CommandBus | None = None, **o
 def notes(stage: Stage) -> list[str]:
     """The rows of a host's table `note`."""
     return [row[0] for row in stage.sql("SELECT body FROM note")]
+
+
+def by_the_driver(session: Session, statement: str) -> None:
+    """Past SQLAlchemy."""
+    cursor = session.connection().connection.cursor()
+    cursor.execute(statement)
+    cursor.close()

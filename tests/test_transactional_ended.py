@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from contextlib import suppress
 from typing import Any, Literal
 
 import pytest
 from sqlalchemy import Engine, create_engine, text
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -24,8 +22,7 @@ from sagalog import (
     SagaLog,
     UnusableBind,
 )
-from sagalog.coordinator.ending_sql import ends_transaction
-from tests.coordinating import ON_POSTGRES, ON_SQLITE, Keep, Stage, notes
+from tests.coordinating import Keep, Stage, by_the_driver, notes
 from tests.troubled import Done, Release, Reserve, reserving
 
 
@@ -109,12 +106,6 @@ class Sneak(Command[None]):
     statement: str
     raises: bool = False
     also: Literal["", "rollback", "close"] = ""
-
-
-def by_the_driver(session: Session, statement: str) -> None:
-    cursor = session.connection().connection.cursor()
-    cursor.execute(statement)
-    cursor.close()
 
 
 def sneaking(stage: Stage, tries: list[Any], **arguments: Any) -> Any:
@@ -250,219 +241,3 @@ def test_a_transactional_handler_may_roll_back_and_go_on(stocked: Engine) -> Non
         assert coordinator.run(reserving(coordinator), 1) == 1
     with stocked.connect() as connection:
         assert connection.execute(text("SELECT amount FROM stock")).scalars().all() == [2]
-
-
-# A transaction that the database ends by itself
-
-
-class Put(Command[None]):
-    statement: str = ""
-    after: Literal["raises", "returns", "goes on", "rolls back and goes on"] = "raises"
-
-
-class Unput(Command[None]):
-    """Deletes what was put."""
-
-
-TWICE = "INSERT OR ROLLBACK INTO note VALUES ('there')"
-TRIGGERED = "INSERT INTO note VALUES ('never')"
-
-
-def putting(stage: Stage, tries: list[Any]) -> Any:
-    """A saga of one transactional step that SQLite rolls back, beside a row that is somebody else's."""
-    for statement in (
-        "CREATE TABLE note (body TEXT PRIMARY KEY)",
-        "INSERT INTO note VALUES ('there')",
-        "CREATE TRIGGER never BEFORE INSERT ON note WHEN new.body = 'never' BEGIN SELECT raise(ROLLBACK, 'never'); END",
-    ):
-        stage.sql(statement)
-
-    def put_in(cmd: Put, session: Session) -> None:
-        tries.append(cmd)
-        session.execute(text("INSERT INTO note VALUES ('first')"))
-        try:
-            session.execute(text(cmd.statement))
-        except DBAPIError:
-            if cmd.after == "raises":
-                raise
-        if cmd.after == "rolls back and goes on":
-            session.rollback()
-        if cmd.after.endswith("goes on"):
-            session.execute(text("INSERT INTO note VALUES ('second')"))
-
-    if stage.asynchronous:
-
-        @stage.bus.handler(transactional=True, on_unknown="compensate")
-        async def aput(cmd: Put, session: AsyncSession) -> None:
-            await session.run_sync(lambda sync: put_in(cmd, sync))
-    else:
-
-        @stage.bus.handler(transactional=True, on_unknown="compensate")
-        def put(cmd: Put, session: Session) -> None:
-            put_in(cmd, session)
-
-    @stage.bus.handler(transactional=True)
-    def unput(cmd: Unput, session: Session) -> None:
-        session.execute(text("DELETE FROM note"))
-
-    @stage.bus.compensation(Put)
-    def unput_of(cmd: Put, output: None) -> Unput:
-        return Unput()
-
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("puts")
-    def puts(ctx: Any, cmd: Put) -> None:
-        ctx.dispatch(cmd)
-
-    return coordinator
-
-
-@pytest.mark.parametrize("stage", ON_SQLITE, indirect=True)
-@pytest.mark.parametrize("statement", [TWICE, TRIGGERED], ids=["OR ROLLBACK", "trigger"])
-@pytest.mark.parametrize("after", ["raises", "returns", "goes on"])
-def test_a_transactional_handler_whose_transaction_sqlite_rolled_back_did_nothing(
-    stage: Stage, statement: str, after: Any
-) -> None:
-    tries: list[Any] = []
-    coordinator = putting(stage, tries)
-    with pytest.raises(SagaFailed) as failure:
-        coordinator.run("puts", Put(statement=statement, after=after))
-    assert failure.value.outcome == "compensated"
-    record = stage.log.get(failure.value.saga_id)
-    assert ([(step.name, step.state) for step in record.steps], notes(stage)) == ([("Put", "failed")], ["there"])
-    assert len(tries) == 1
-
-
-@pytest.mark.parametrize("stage", ON_SQLITE, indirect=True)
-def test_a_transactional_handler_may_roll_back_what_sqlite_rolled_back_and_go_on(stage: Stage) -> None:
-    coordinator = putting(stage, [])
-    coordinator.run("puts", Put(statement=TWICE, after="rolls back and goes on"))
-    assert sorted(notes(stage)) == ["second", "there"]
-
-
-@pytest.mark.parametrize("stage", ON_SQLITE, indirect=True)
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_what_a_handler_committed_beside_a_rollback_of_sqlites_is_in_doubt(stage: Stage, when: str) -> None:
-    stage.sql("CREATE TABLE note (body TEXT PRIMARY KEY)")
-    stage.sql("INSERT INTO note VALUES ('there')")
-
-    def commit_beside(cmd: Put, session: Session) -> None:
-        session.execute(text("INSERT INTO note VALUES ('first')"))
-        if when == "before":
-            by_the_driver(session, "COMMIT")
-            session.execute(text("INSERT INTO note VALUES ('second')"))
-        with suppress(DBAPIError):
-            session.execute(text(TWICE))
-        if when == "after":
-            by_the_driver(session, "INSERT INTO note VALUES ('third')")
-            by_the_driver(session, "COMMIT")
-        session.rollback()
-        raise ValueError("after all")
-
-    if stage.asynchronous:
-
-        @stage.bus.handler(transactional=True, pivot=True)
-        async def abeside(cmd: Put, session: AsyncSession) -> None:
-            await session.run_sync(lambda sync: commit_beside(cmd, sync))
-    else:
-        stage.bus.handler(transactional=True, pivot=True)(commit_beside)
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("commits")
-    def commits(ctx: Any) -> None:
-        ctx.dispatch(Put())
-
-    with pytest.raises(SagaFailed, match="ended by SQL of its own") as failure:
-        coordinator.run("commits")
-    assert failure.value.outcome == "failed_compensation"
-    assert sorted(notes(stage)) == (["first", "there"] if when == "before" else ["there", "third"])
-
-
-@pytest.mark.parametrize("stage", ON_SQLITE, indirect=True)
-def test_a_transactional_handler_on_a_full_disk_did_nothing_and_is_tried_again(stage: Stage) -> None:
-    tries: list[Any] = []
-    stage.sql("CREATE TABLE note (body TEXT)")
-    (pages,) = stage.sql("PRAGMA page_count")[0]
-
-    def fill(cmd: Put, session: Session) -> None:
-        tries.append(cmd)
-        session.execute(text(f"PRAGMA max_page_count = {pages + 5 if len(tries) < 3 else 1_000_000}"))
-        session.execute(text("INSERT INTO note VALUES (hex(randomblob(100000)))"))
-
-    bus = CommandBus()
-    if stage.asynchronous:
-
-        @bus.handler(transactional=True, pivot=True)
-        async def afull(cmd: Put, session: AsyncSession) -> None:
-            await session.run_sync(lambda sync: fill(cmd, sync))
-    else:
-        bus.handler(transactional=True, pivot=True)(fill)
-    full = stage.coordinator(bus)
-
-    @full.saga("fills")
-    def fills(ctx: Any) -> None:
-        ctx.dispatch(Put())
-
-    full.run("fills")
-    assert (len(tries), len(notes(stage))) == (3, 1)
-
-
-@pytest.mark.parametrize("stage", ON_POSTGRES, indirect=True)
-def test_a_transactional_handler_may_go_on_after_its_connection_was_lost(stage: Stage) -> None:
-    stage.sql("CREATE TABLE note (body TEXT)")
-    tries: list[Any] = []
-
-    def lose(cmd: Put, session: Session) -> None:
-        tries.append(cmd)
-        session.execute(text("INSERT INTO note VALUES ('first')"))
-        backend = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
-        stage.sql("SELECT pg_terminate_backend(:backend)", backend=backend)
-        with suppress(DBAPIError):
-            session.execute(text("SELECT 1"))
-        session.rollback()
-        session.execute(text("INSERT INTO note VALUES ('second')"))
-
-    if stage.asynchronous:
-
-        @stage.bus.handler(transactional=True, pivot=True)
-        async def alose(cmd: Put, session: AsyncSession) -> None:
-            await session.run_sync(lambda sync: lose(cmd, sync))
-    else:
-        stage.bus.handler(transactional=True, pivot=True)(lose)
-    coordinator = stage.coordinator()
-
-    @coordinator.saga("loses")
-    def loses(ctx: Any) -> None:
-        ctx.dispatch(Put())
-
-    coordinator.run("loses")
-    assert (len(tries), notes(stage)) == (1, ["second"])
-
-
-# Which SQL is refused
-
-
-@pytest.mark.parametrize(
-    "statement",
-    ["COMMIT", " end;", ";commit", "-- so\rcommit work", "/* a */ /* b */ROLLBACK", "rollback and chain", "Abort",
-     "prepare /* it */ transaction 'a'", "ROLLBACK WORK"],
-)  # fmt: skip
-@pytest.mark.parametrize("comments_nest", [True, False])
-def test_what_ends_a_transaction_is_told_by_its_first_words(statement: str, comments_nest: bool) -> None:
-    assert ends_transaction(statement, comments_nest=comments_nest)
-
-
-@pytest.mark.parametrize(
-    "statement",
-    ["", "SELECT 1 -- commit", "endow", "ROLLBACK /* c */ TO SAVEPOINT a", "rollback work to a", "PREPARE commit AS",
-     "/* COMMIT", "'commit'", "(select 1)", "-- commit", "/* a */"],
-)  # fmt: skip
-def test_what_ends_no_transaction_is_left_alone(statement: str) -> None:
-    assert not ends_transaction(statement, comments_nest=True)
-
-
-def test_a_comment_in_a_comment_hides_a_commit_where_comments_nest() -> None:
-    statement = "/* a /* b */ COMMIT */ SELECT 1"
-    assert not ends_transaction(statement, comments_nest=True)
-    assert ends_transaction(statement, comments_nest=False)

@@ -75,12 +75,11 @@ class MarkedTransaction:
             _on_driver(connection, self._sql.take_lock.sqlite[0])
             for statement in _MARKING:
                 _on_driver(connection, statement.format(self._number))
+            _hear_errors(connection.dialect)
+            _heard_by[connection] = self
         _on_driver(connection, f"SAVEPOINT {_MARK}")
         self._connection, self._is_rolled_back, self._is_ended_inside = connection, False, was_ended
         self._gave_up = None
-        if connection.dialect.name == "sqlite":
-            _hear_errors(connection.dialect)
-            _heard_by[connection] = self
         self._listen(connection, "begin", _refuse_begin)
         self._listen(connection, "rollback", self._look_before_rollback)
         self._listen(connection, "before_cursor_execute", self._before_statement)

@@ -117,7 +117,8 @@ def failed(fence: Fence, reason: str) -> Operation[None]:
 
 
 class _Complete(Move):
-    # Its snapshot may be older than its lock: of a saga with an executor only that one begins steps, and it has ended.
+    # Not LOCKED, though its snapshot may be older than its lock: of a saga with an executor only that one begins
+    # steps, and whatever it began has ended.
     __slots__ = ()
     asked = "complete"
     kind = Kind.WRITE

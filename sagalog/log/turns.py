@@ -55,7 +55,7 @@ class Ticket(Generic[R]):
 class Turns:
     """Who leads and who waits.
 
-    An exception of a signal may come at any call here; what may not be told apart is assigned in one line, and what
+    An exception of a signal may come at any call here: what must not be torn apart is assigned in one line, and what
     ends a turn may be done again.
 
     Attributes:
